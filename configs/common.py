@@ -1,0 +1,112 @@
+"""What every task's config shares: the argument after the colon, and the sections.
+
+`--config=configs/sft.py:model=PATH,method=lora` picks structure; `--config.optim.lr=1e-3`
+sets a value. A key that a method does not have is not there, so it cannot be set.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def parse_arg(arg: str | None, **defaults: str) -> ConfigDict:
+    """'model=PATH,method=full,smoke' over the defaults; a bare word means 'yes'.
+
+    >>> parse_arg('method=full', method='lora', model='base').method
+    'full'
+    """
+    values = dict(defaults)
+    for part in (arg or "").split(","):
+        key, equals, value = part.strip().partition("=")
+        if not key:
+            continue
+        if key not in defaults:
+            known = ", ".join(f"{k}={v or '...'}" for k, v in defaults.items())
+            raise ValueError(f"{key!r} is not one of: {known}")
+        values[key] = value if equals else "yes"
+    return ConfigDict(values)
+
+
+def base_config(arg: ConfigDict) -> ConfigDict:
+    """The sections, the same in every task."""
+    c = ConfigDict()
+    c.task = ""
+    c.seed = 0
+
+    c.model = ConfigDict()
+    c.model.path = arg.model  # 'base', a directory, a preset, or a Hub name
+    c.model.revision = "main"  # of a Hub name
+    c.model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bf16 on GPU/TPU
+    c.model.param_dtype = "auto"  # storage of frozen weights; auto: as the computation
+    c.model.remat = "none"  # none, dots, full: what the backward pass computes again
+    c.model.from_scratch = False  # random weights of the same shape
+
+    c.method = method_config(arg.method)
+
+    c.data = ConfigDict()
+    c.data.train = ""  # a .jsonl, .jsonl.gz, .json, .parquet file, pydoc:..., or a name
+    c.data.eval = ""  # the same; empty: no evaluation
+    c.data.split = "train"  # of a `datasets` name
+    c.data.max_length = 1024  # tokens per row
+    c.data.overlong = "truncate"  # truncate (keeps the start), drop, error
+    c.data.packing = True  # several examples per row, kept apart by segments
+    c.data.completion_only = True  # False: train on the prompt too
+    c.data.empty_completion = "drop"  # drop, error
+    c.data.on_bad_row = "error"  # error, skip
+    c.data.chat_template = ""  # a jinja file instead of the tokenizer's own
+    c.data.shuffle = True
+    c.data.eval_rows = 0  # at most so many rows of eval; 0: all
+
+    c.loss = ConfigDict()
+    c.loss.chunk = 64  # positions per row that the head handles at a time
+
+    c.optim = ConfigDict()
+    c.optim.name = "adamw"
+    c.optim.lr = 1e-4
+    c.optim.schedule = "cosine"  # constant, linear, cosine
+    c.optim.warmup = 10  # steps
+    c.optim.final = 0.1  # of lr, at the last step
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.0
+    c.optim.clip_norm = 1.0  # 0: no clipping
+
+    c.train = ConfigDict()
+    c.train.steps = placeholder(int)  # steps or epochs, not both; neither: one epoch
+    c.train.epochs = placeholder(float)
+    c.train.batch_size = 8  # rows per optimizer step, over all devices
+    c.train.accumulate = 1  # micro-batches that a step is cut into
+    c.train.log_every = 10
+    c.train.eval_every = 100  # 0: at the start and the end only
+    c.train.save_every = 100
+    c.train.sample_every = 0  # 0: at the start and the end only
+    c.train.sample_rows = 3  # prompts of the eval rows to answer; 0: none
+    c.train.sample_tokens = 64  # tokens per answer
+    c.train.keep_last = 2  # checkpoints
+    c.train.keep_best = 1  # by eval loss
+    c.train.max_skipped = 10  # updates left out in a row before the run gives up
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # -1: the devices that are left
+    c.mesh.fsdp = 1
+
+    c.log = ConfigDict()
+    c.log.tensorboard = True
+    c.log.wandb = False
+    c.log.wandb_project = "ftjax"
+    return c
+
+
+def method_config(name: str) -> ConfigDict:
+    """The keys of one method, and no others."""
+    method = ConfigDict({"name": name})
+    if name == "lora":
+        method.rank = 16
+        method.alpha = 32.0
+        method.dropout = 0.0
+        method.targets = "all-linear"  # or regexes: q_proj,v_proj
+        method.rank_pattern = ""  # regex=rank,...: the first that matches wins
+        method.alpha_pattern = ""
+        method.use_rslora = False  # scale alpha / sqrt(rank)
+        method.init = "kaiming"  # kaiming, gaussian
+    return method

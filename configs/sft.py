@@ -1,0 +1,20 @@
+"""Supervised fine-tuning on instructions and responses, or on any rows TRL's SFT takes.
+
+    python -m ftjax.train --config=configs/sft.py:model=PATH,method=lora \\
+        --config.data.train=FILE --workdir=runs/mine
+
+Without a model and data it tunes the shipped base on questions about the standard
+library: `make demo`. method=full wants a smaller rate: --config.optim.lr=2e-5.
+"""
+
+from configs.common import base_config, parse_arg
+
+
+def get_config(arg: str = ""):
+    arg = parse_arg(arg, model="base", method="lora")
+    c = base_config(arg)
+    c.task = "sft"
+    c.data.train = "pydoc:instructions[train]"
+    c.data.eval = "pydoc:instructions[eval]"
+    c.optim.lr = 2e-4 if arg.method == "lora" else 2e-5
+    return c

@@ -1,0 +1,293 @@
+"""Hugging Face checkpoints in and out: safetensors to a tree of arrays, and back.
+
+    folder = find_model("base")
+    config = read_config(folder)
+    weights = open_weights(folder, spec_from_config(config, ...))   # checks everything
+    params = load_params(weights, dtype="bfloat16", put=put)        # then reads
+
+One leaf is in host memory at a time: it is filled from its tensors in the wanted
+dtype, put on its devices, and let go.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ftjax.checkpoints.files import find_tensors, listed
+from ftjax.checkpoints.hf_save import DTYPES, save_params
+from ftjax.checkpoints.hub import find_model
+from ftjax.checkpoints.jsonfile import inside, read_json
+from ftjax.checkpoints.tensors import FLOATS, Tensor
+from ftjax.errors import UserError
+from ftjax.models.config_reader import say
+from ftjax.models.names import Path as LeafPath
+from ftjax.models.names import Weight, model_weights
+from ftjax.models.spec import ModelSpec
+
+__all__ = [
+    "Weights",
+    "check_vocab",
+    "find_model",
+    "load_params",
+    "open_weights",
+    "read_config",
+    "save_params",
+]
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+IGNORABLE = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_PACKED = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales|weight_scale(_inv)?|SCB|absmax|quant_map|"
+    r"weight_packed|weight_blocks|bitsandbytes__\w+)$|\.quant_state\."
+)
+Note = Callable[[str], None]
+Put = Callable[[LeafPath, np.ndarray], Any]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model folder, as a dict.
+
+    Raises:
+      UserError: if it is missing, leads out of the folder, or is not a JSON object.
+    """
+    return read_json(inside(folder, "config.json", named_by=str(folder)))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model folder, all found and all of the right shape.
+
+    Attributes:
+      folder: where they are.
+      spec: the model; untied where the folder has an output head of its own although
+        the configuration says that it is the embedding.
+      tensors: by published name, exactly those that `spec` needs.
+      dtype: in which most of them are stored, as the format names it ('BF16').
+    """
+
+    folder: Path
+    spec: ModelSpec
+    tensors: dict[str, Tensor]
+    dtype: str
+
+
+def open_weights(folder: Path, spec: ModelSpec, *, note: Note = say) -> Weights:
+    """Checks every file and tensor of a checkpoint against `spec`; reads headers only.
+
+    (A tied model that also stores its head is the exception: the two are compared.)
+
+    Raises:
+      UserError: for damaged or missing files, and tensors that are missing, left over,
+        of another shape, or not floating point.
+    """
+    tensors = find_tensors(folder, note)
+    tensors = {n: t for n, t in tensors.items() if not IGNORABLE.search(n)}
+    spec, tensors = _settle_head(folder, spec, tensors, note)
+    wanted = {
+        name: weight for weight in model_weights(spec).values() for name in weight.names
+    }
+    _check_names(folder, wanted, tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(
+                "a weight is not a plain floating-point tensor",
+                where=f"{tensor.file}: {name}",
+                expected=", ".join(FLOATS),
+                got=f"{tensor.dtype} (a quantized checkpoint, perhaps)",
+                fix="use the checkpoint before its quantization",
+            )
+        if tensor.shape != wanted[name].stored_shape:
+            raise UserError(
+                "a weight has another shape than config.json says",
+                where=f"{tensor.file}: {name}",
+                expected=str(wanted[name].stored_shape),
+                got=str(tensor.shape),
+                fix="use the config.json that was published with these weights",
+            )
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    return Weights(folder, spec, tensors, sizes.most_common(1)[0][0])
+
+
+def _settle_head(
+    folder: Path, spec: ModelSpec, tensors: dict[str, Tensor], note: Note
+) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """Decides what the output head of a tied model is; transformers' rule."""
+    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
+    if not spec.tied or head is None:
+        return spec, tensors
+    rest = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    if embedding is None:
+        note(f"{folder}: {HEAD} is read as the embedding too: they are tied")
+        return spec, rest | {EMBEDDING: head}
+    if head.shape != embedding.shape or not _equal(head, embedding):
+        note(
+            f"{folder}: tie_word_embeddings is true, but {HEAD} is stored and differs"
+            f" from {EMBEDDING}: the stored head is used, as transformers does"
+        )
+        return replace(spec, tied=False), tensors
+    return spec, rest
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.dtype not in FLOATS or b.dtype not in FLOATS:
+        return False
+    left, right = a.read(), b.read()
+    blocks = range(0, left.shape[0], 4096)
+    return all(np.array_equal(left[i : i + 4096], right[i : i + 4096]) for i in blocks)
+
+
+def _check_names(
+    folder: Path, wanted: dict[str, Weight], tensors: dict[str, Tensor]
+) -> None:
+    missing = [name for name in wanted if name not in tensors]
+    extra = [name for name in tensors if name not in wanted]
+    packed = [name for name in extra if _PACKED.search(name)]
+    if packed:
+        raise UserError(
+            "the checkpoint is quantized, which ftjax does not read",
+            where=folder,
+            expected="float weights (bfloat16, float16, float32)",
+            got=listed(packed, 3),
+            fix="use the checkpoint before its quantization",
+        )
+    if missing == [HEAD] and not extra:
+        raise UserError(
+            "the output head is missing",
+            where=f"{folder}: {HEAD}",
+            expected=f"{HEAD}, as tie_word_embeddings is false in config.json",
+            got="no such tensor",
+            fix="if the head is the embedding, set tie_word_embeddings to true",
+        )
+    if missing:
+        bare = {f"model.{name}" for name in extra} & set(missing)
+        raise UserError(
+            f"{len(missing)} of {len(wanted)} tensors are missing",
+            where=folder,
+            expected="every tensor that config.json implies; none is made up",
+            got="missing: " + listed(missing),
+            fix="the names lack 'model.': save the model with its language-model head"
+            if bare
+            else "download the checkpoint again, or use its own config.json",
+        )
+    if extra:
+        raise UserError(
+            f"there are {len(extra)} tensors that this model has no place for",
+            where=folder,
+            expected=f"the {len(wanted)} tensors that config.json implies",
+            got="left over: " + listed(extra),
+            fix="use the config.json that was published with these weights",
+        )
+
+
+def check_vocab(spec: ModelSpec, tokenizer_size: int, where: str) -> None:
+    """The embedding must have a row for every token; spare rows are fine.
+
+    Args:
+      tokenizer_size: one more than the largest token id.
+      where: the model, named in the error.
+    """
+    if tokenizer_size > spec.vocab_size:
+        raise UserError(
+            "the tokenizer has more tokens than the model",
+            where=where,
+            expected=f"at most {spec.vocab_size:,} tokens (vocab_size)",
+            got=f"{tokenizer_size:,} tokens",
+            fix="use the tokenizer that was published with the model",
+        )
+
+
+def load_params(
+    weights: Weights, *, dtype: str, put: Put | None = None, note: Note = say
+) -> dict[str, Any]:
+    """Reads the weights into the tree of `Decoder`, leaf by leaf.
+
+    Args:
+      weights: from `open_weights`; its `spec` describes the tree that comes back.
+      dtype: 'float32' or 'bfloat16'.
+      put: (path, host array of that dtype) -> array on its devices; `jax.device_put`
+        where it is None. The host array is not used again.
+      note: told when weights lose precision, and of matrices that are all zero.
+
+    Raises:
+      UserError: at the first tensor with a NaN or an infinity.
+    """
+    if dtype not in DTYPES:
+        raise UserError(
+            "weights cannot be kept in this dtype",
+            where="config.model.param_dtype",
+            expected=" or ".join(DTYPES),
+            got=repr(dtype),
+        )
+    target = DTYPES[dtype]
+    _tell_policy(weights, dtype, note)
+    tree: dict[str, Any] = {}
+    for path, weight in model_weights(weights.spec).items():
+        host = np.empty(weight.leaf_shape, target)
+        rows = host if weight.layers else host[None]
+        for row, name in zip(rows, weight.names, strict=True):
+            _fill(row, weight, weights.tensors[name], name, note)
+        leaf = jax.device_put(host) if put is None else put(path, host)
+        del host, rows, row
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _tell_policy(weights: Weights, dtype: str, note: Note) -> None:
+    """One line for each stored dtype that the wanted one cannot hold exactly."""
+    exact = {"float32": ("F32", "BF16", "F16"), "bfloat16": ("BF16",)}[dtype]
+    stored = Counter(t.dtype for t in weights.tensors.values())
+    for name, count in stored.items():
+        if name not in exact:
+            note(f"{weights.folder}: {count} {name} tensors are rounded to {dtype}")
+
+
+# The bits of the exponent: all of them set means NaN or infinity.
+_EXPONENT: dict[str, tuple[Any, int]] = {
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+    "F32": (np.uint32, 0x7F800000),
+    "F64": (np.uint64, 0x7FF0000000000000),
+}
+_BLOCK = 2**21  # elements; bounds the temporaries of one step
+
+
+def _fill(
+    row: np.ndarray, weight: Weight, tensor: Tensor, name: str, note: Note
+) -> None:
+    """Copies one tensor into its place, block by block, and looks at every value."""
+    source = tensor.read()
+    flat = row.reshape(-1, source.shape[0]) if weight.inputs else row.reshape(source.shape)  # fmt: skip # noqa: E501
+    unsigned, mask = _EXPONENT[tensor.dtype]
+    bits = source.view(unsigned)
+    step = max(1, _BLOCK // max(1, source.size // source.shape[0]))
+    bad, any_set, narrower = 0, False, row.itemsize < source.itemsize
+    for i in range(0, source.shape[0], step):
+        block, raw = source[i : i + step], bits[i : i + step]
+        part = flat[:, i : i + step] if weight.inputs else flat[i : i + step]
+        bad += int(np.count_nonzero((raw & unsigned(mask)) == unsigned(mask)))
+        any_set = any_set or bool(raw.any())
+        with np.errstate(over="ignore", invalid="ignore"):
+            part[...] = block.T if weight.inputs else block
+        if narrower and not bad:
+            bad += int(np.count_nonzero(~np.isfinite(part)))
+    if bad:
+        raise UserError(
+            f"a weight holds {bad:,} values that are NaN or infinite",
+            where=f"{tensor.file}: {name}",
+            expected=f"finite numbers in the range of {row.dtype}",
+            got=f"{bad:,} of {source.size:,}",
+            fix="use a checkpoint from before the run diverged, or download it again",
+        )
+    if weight.inputs and not any_set:
+        note(f"{tensor.file}: {name} is all zero")

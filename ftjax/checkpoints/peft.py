@@ -1,0 +1,456 @@
+"""LoRA adapters in PEFT's files: `adapter_config.json`, `adapter_model.safetensors`.
+
+A layer's `a` [*inputs, r] is PEFT's `lora_A.weight` [r, in], transposed, and its `b`
+[r, *outputs] is `lora_B.weight` [out, r]. PEFT ignores names that it does not expect and
+then runs with B = 0; here every key is accounted for, on the way out and in.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.checkpoints.jsonfile import inside, read_json
+from ftjax.checkpoints.tensors import FLOATS, Tensor, read_header
+from ftjax.errors import UserError
+from ftjax.methods.lora import LoraPlan, SitePlan, put, site_names
+from ftjax.models.proj import Path, Site
+from ftjax.weights import Delta
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+HASH_KEY = "ftjax_base_hash"
+_PICKLE = "adapter_model.bin"
+_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+
+# Keys that change what an adapter computes -> the values that mean 'off'.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (),
+    "arrow_config": (),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "kasa_config": (),
+    "layer_replication": ([],),
+    "lora_bias": (False,),
+    "modules_to_save": ([],),
+    "monteclora_config": (),
+    "target_parameters": ([],),
+    "trainable_token_indices": ([], {}),
+    "use_bdlora": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "velora_config": (),
+}
+# Starts that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, ...) change it.
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "true", "True")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What `load_adapter` found.
+
+    Attributes:
+      lora: the collection, float32, on the host.
+      plan: its ranks and scales.
+      base_name: of the model it was trained on, as it says.
+      base_hash: of that model's weights, or None if another program wrote the adapter.
+    """
+
+    lora: Any
+    plan: LoraPlan
+    base_name: str
+    base_hash: str | None
+
+
+def save_adapter(
+    folder: FilePath, lora: Any, plan: LoraPlan, base_name: str, base_hash: str | None
+) -> None:
+    """Writes an adapter that PEFT loads over the transformers model.
+
+    Args:
+      folder: is made if it is missing; the two files must not be there.
+      lora: the collection, as trained.
+      plan: that it was made by; layers of rank 0 are left out.
+      base_name: written as `base_model_name_or_path`.
+      base_hash: of the base's weights, kept in the header of the tensors.
+    """
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for path, at in plan.sites.items():
+        delta = _get(lora, path)["w"]
+        a = np.asarray(delta.a, np.float32).reshape(
+            len(at.ranks), math.prod(at.site.inputs), -1
+        )
+        b = np.asarray(delta.b, np.float32).reshape(
+            len(at.ranks), -1, math.prod(at.site.outputs)
+        )
+        for layer, name in enumerate(site_names(at.site)):
+            rank = at.ranks[layer]
+            if rank:
+                key = f"{PREFIX}{name}.lora_"
+                tensors[f"{key}A.weight"] = np.ascontiguousarray(a[layer, :, :rank].T)
+                tensors[f"{key}B.weight"] = np.ascontiguousarray(b[layer, :rank].T)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"} | ({HASH_KEY: base_hash} if base_hash else {})
+    save_file(tensors, folder / TENSORS, metadata=metadata)
+    config = adapter_config(plan, base_name)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def adapter_config(plan: LoraPlan, base_name: str) -> dict[str, Any]:
+    """The `adapter_config.json` of a plan.
+
+    The commonest rank and alpha are the defaults; whatever differs is in the patterns:
+    under the projection's name where all its layers agree, else layer by layer. A name
+    in full is a pattern that matches itself alone.
+    """
+    cells = {
+        name: (rank, alpha)
+        for at in plan.sites.values()
+        for name, rank, alpha in zip(
+            site_names(at.site), at.ranks, at.alphas, strict=True
+        )
+        if rank
+    }
+    rank = Counter(r for r, _ in cells.values()).most_common(1)[0][0]
+    alpha = Counter(a for _, a in cells.values()).most_common(1)[0][0]
+    targets: list[str] = []
+    patterns: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for at in plan.sites.values():
+        names = [name for name in site_names(at.site) if name in cells]
+        whole = len(names) == len(at.ranks)
+        short = at.site.path[-1]
+        targets += [short] if whole else names
+        for which, usual in enumerate((rank, alpha)):
+            values = {name: cells[name][which] for name in names}
+            if whole and len(set(values.values())) == 1:
+                values = {short: values[names[0]]}
+            patterns[which].update(
+                {n: _number(v) for n, v in values.items() if v != usual}
+            )
+    return {
+        "alpha_pattern": patterns[1],
+        "auto_mapping": None,
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": plan.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": patterns[0],
+        "revision": None,
+        "target_modules": sorted(targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": any(at.rslora for at in plan.sites.values()),
+    }
+
+
+def _number(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def load_adapter(folder: FilePath, sites: Mapping[Path, Site]) -> Adapter:
+    """Reads an adapter for a model with these sites.
+
+    Raises:
+      UserError: naming the file, the config key or the tensor, for whatever is missing,
+        left over, of another shape, or not computed by ftjax.
+    """
+    config = _read_config(folder)
+    where = folder / CONFIG
+    tensors = _read_tensors(folder)
+    layers = {
+        name: site
+        for path, site in sites.items()
+        if path[0] == "layers"
+        for name in site_names(site)
+    }
+    pairs = _pair(tensors, layers, folder)
+    _check_targets(config, pairs, layers, where)
+    ranks = {
+        name: _lookup(config["rank_pattern"], name, config["r"], where)
+        for name in pairs
+    }
+    alphas = {
+        name: _lookup(config["alpha_pattern"], name, config["lora_alpha"], where)
+        for name in pairs
+    }
+    for name, pair in pairs.items():
+        _check_shapes(name, pair, layers[name], ranks[name])
+    rslora, dropout = bool(config["use_rslora"]), float(config["lora_dropout"])
+    plans, tree = {}, {}
+    for path, site in sites.items():
+        names = site_names(site)
+        if not any(name in pairs for name in names):
+            continue
+        at = SitePlan(
+            site,
+            tuple(int(ranks.get(name, 0)) for name in names),
+            tuple(float(alphas.get(name, 1.0)) for name in names),
+            rslora,
+        )
+        plans[path] = at
+        put(tree, path, {"w": _stack(at, [pairs.get(name) for name in names], dropout)})
+    return Adapter(
+        tree,
+        LoraPlan(plans, dropout),
+        str(config.get("base_model_name_or_path") or ""),
+        _metadata(folder / TENSORS).get(HASH_KEY),
+    )
+
+
+def is_zero(lora: Any) -> bool:
+    """Whether every `b` is zero, so that the adapter changes nothing."""
+    deltas = jax.tree.leaves(lora, is_leaf=lambda leaf: isinstance(leaf, Delta))
+    return not any(bool(jnp.any(delta.b != 0)) for delta in deltas)
+
+
+def _read_config(folder: FilePath) -> dict[str, Any]:
+    if not folder.is_dir() or not (folder / CONFIG).is_file():
+        raise UserError(
+            "this is not the folder of an adapter",
+            where=folder,
+            expected=f"{CONFIG} and {TENSORS}",
+            got="no such folder" if not folder.is_dir() else f"no {CONFIG}",
+            fix="pass the folder that PEFT's save_pretrained or ftjax.export wrote",
+        )
+    where = folder / CONFIG
+    config = read_json(inside(folder, CONFIG, named_by=str(folder)))
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise _refuse(where, "peft_type", kind, "LORA")
+    for key, off in UNSUPPORTED.items():
+        value = config.get(key)
+        if value is not None and value not in off:
+            raise _refuse(where, key, value, " or ".join(map(repr, (None, *off))))
+    start = config.get("init_lora_weights", True)
+    if start is not None and start not in PLAIN_STARTS:
+        raise UserError(
+            "this adapter changed its base when it was initialised",
+            where=f"{where}: init_lora_weights",
+            expected="true, 'gaussian' or another start that leaves the base alone",
+            got=repr(start),
+            fix="convert it with PEFT first (save_pretrained with "
+            "path_initial_model_for_weight_conversion)",
+        )
+    defaults = {
+        "r": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    for key, usual in defaults.items():
+        value = config.get(key)
+        value = usual if value is None else value
+        number = isinstance(usual, (int, float)) and not isinstance(usual, bool)
+        good = (
+            isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number
+            else isinstance(value, type(usual))
+        )
+        if not good or (key in ("r", "lora_alpha") and value <= 0):
+            raise _refuse(where, key, value, f"such as {usual!r}")
+        config[key] = value
+    return config
+
+
+def _refuse(where: FilePath, key: str, value: Any, expected: str) -> UserError:
+    return UserError(
+        "this kind of adapter is not supported",
+        where=f"{where}: {key}",
+        expected=expected,
+        got=repr(value)[:200],
+        fix="merge it into its base with PEFT and pass the merged model",
+    )
+
+
+def _read_tensors(folder: FilePath) -> dict[str, Tensor]:
+    if not (folder / TENSORS).is_file():
+        pickled = (folder / _PICKLE).is_file()
+        raise UserError(
+            "the adapter's weights are a pickle, which can run code and is never opened"
+            if pickled
+            else "the adapter has no weights",
+            where=folder,
+            expected=TENSORS,
+            got=_PICKLE if pickled else None,
+            fix="load it with PEFT in a place that you trust, and save_pretrained it",
+        )
+    return read_header(inside(folder, TENSORS, named_by=str(folder)))
+
+
+def _pair(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, Site], folder: FilePath
+) -> dict[str, dict[str, Tensor]]:
+    """{module name: {'A': ..., 'B': ...}}; every tensor must have its place."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        name = match[1] if match else ""
+        if not match or name not in layers or tensor.dtype not in FLOATS:
+            raise UserError(
+                "the adapter has a tensor that this model has no place for",
+                where=f"{folder / TENSORS}: {key}",
+                expected=f"{PREFIX}MODULE.lora_A.weight or .lora_B.weight, where MODULE"
+                f" is such as\n{next(iter(layers))}",
+                got=_what_is(key, name, layers, tensor),
+                fix="pass the model that the adapter was trained on",
+            )
+        pairs.setdefault(name, {})[match[2]] = tensor
+    for name, pair in pairs.items():
+        for half in "AB":
+            if half not in pair:
+                raise UserError(
+                    "half of an update is missing",
+                    where=f"{folder / TENSORS}: {PREFIX}{name}.lora_{half}.weight",
+                    expected="lora_A and lora_B of every module",
+                )
+    if not pairs:
+        raise UserError("the adapter is empty", where=folder / TENSORS)
+    return pairs
+
+
+def _what_is(key: str, name: str, layers: Mapping[str, Site], tensor: Tensor) -> str:
+    if "magnitude" in key:
+        return "a DoRA magnitude, which is not supported"
+    if "lora_embedding" in key or "embed_tokens" in key or "lm_head" in key:
+        return "an update of the embedding or the head, which is not supported"
+    if name in layers:
+        return f"a tensor of dtype {tensor.dtype}"
+    if not key.startswith(PREFIX):
+        return f"a name without the prefix {PREFIX}"
+    return f"a module that is not in the model: {name or key}"
+
+
+def _check_targets(
+    config: Mapping[str, Any],
+    pairs: Mapping[str, Any],
+    layers: Mapping[str, Site],
+    where: FilePath,
+) -> None:
+    """What the configuration targets must be what the tensors are for, as in PEFT."""
+    targets = config.get("target_modules")
+    if targets is None:
+        raise _refuse(where, "target_modules", None, "a list of module names")
+    kept = config.get("layers_to_transform")
+    kept = [kept] if isinstance(kept, int) else kept
+    wanted = {
+        name
+        for name in layers
+        if _targeted(targets, name, where)
+        and not _targeted(config.get("exclude_modules") or [], name, where)
+        and (not kept or int(name.split(".")[2]) in kept)
+    }
+    lost, extra = wanted - pairs.keys(), pairs.keys() - wanted
+    if lost or extra:
+        names = sorted(lost or extra)
+        raise UserError(
+            "the adapter's tensors are not those that its configuration targets",
+            where=f"{where}: target_modules",
+            expected=f"an update of {len(wanted)} modules: {targets!r}"[:300],
+            got=f"{'no' if lost else 'an unexpected'} update of {names[0]}"
+            + (f" and {len(names) - 1} more" if names[1:] else ""),
+            fix="save the adapter again, or pass the model that it was trained on",
+        )
+
+
+def _targeted(targets: Any, name: str, where: FilePath) -> bool:
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return _matches(targets, name, where)
+    return any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def _lookup(pattern: Mapping[str, Any], name: str, usual: Any, where: FilePath) -> Any:
+    """The value of the first key that matches the end of the name, as in PEFT."""
+    for key, value in pattern.items():
+        if _matches(rf"(.*\.)?({key})", name, where):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise _refuse(where, key, value, "a number")
+            return value
+    return usual
+
+
+def _matches(pattern: str, name: str, where: FilePath) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UserError(
+            "a pattern is no regular expression",
+            where=where,
+            got=f"{pattern!r}: {error}",
+        ) from error
+
+
+def _check_shapes(name: str, pair: dict[str, Tensor], site: Site, rank: int) -> None:
+    shapes = {
+        "A": (rank, math.prod(site.inputs)),
+        "B": (math.prod(site.outputs), rank),
+    }
+    for half, shape in shapes.items():
+        if pair[half].shape != shape:
+            raise UserError(
+                "a tensor of the adapter has the wrong shape",
+                where=f"{pair[half].file}: {PREFIX}{name}.lora_{half}.weight",
+                expected=f"{list(shape)} (rank {rank})",
+                got=str(list(pair[half].shape)),
+                fix="pass the model that the adapter was trained on, with its own "
+                f"{CONFIG}",
+            )
+
+
+def _stack(at: SitePlan, pairs: list[dict[str, Tensor] | None], p: float) -> Delta:
+    site, rank = at.site, at.rank
+    a = np.zeros((len(pairs), math.prod(site.inputs), rank), np.float32)
+    b = np.zeros((len(pairs), rank, math.prod(site.outputs)), np.float32)
+    for layer, pair in enumerate(pairs):
+        if pair is not None:
+            r = at.ranks[layer]
+            a[layer, :, :r] = _finite(pair["A"]).T
+            b[layer, :r] = _finite(pair["B"]).T
+    a, b = a.reshape(-1, *site.inputs, rank), b.reshape(-1, rank, *site.outputs)
+    return Delta(a, b, np.asarray(at.scales, np.float32), p)  # type: ignore[arg-type]
+
+
+def _finite(tensor: Tensor) -> np.ndarray:
+    values = tensor.read().astype(np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(
+            "the adapter holds values that are NaN or infinite",
+            where=tensor.file,
+            fix="use an adapter from before the run diverged",
+        )
+    return values
+
+
+def _metadata(path: FilePath) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return file.metadata() or {}
+
+
+def _get(tree: Any, path: Path) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree

@@ -1,0 +1,166 @@
+"""What a config must satisfy before anything is read: ranges, and rules between keys."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ftjax.errors import UserError
+
+Test = Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a value may be: a test, and the words for it."""
+
+    words: str
+    test: Test
+
+
+POSITIVE = Range("a positive number", lambda x: x > 0)
+AT_LEAST_0 = Range("0 or more", lambda x: x >= 0)
+AT_LEAST_1 = Range("1 or more", lambda x: x >= 1)
+SHARE = Range("at least 0, below 1", lambda x: 0 <= x < 1)
+NOT_EMPTY = Range("a name or a path", bool)
+
+
+def one_of(*values: str) -> Range:
+    return Range(" or ".join(values), lambda x: x in values)
+
+
+RULES: dict[str, Range] = {
+    "seed": AT_LEAST_0,
+    "model.path": NOT_EMPTY,
+    "model.dtype": one_of("auto", "float32", "bfloat16"),
+    "model.param_dtype": one_of("auto", "float32", "bfloat16"),
+    "model.remat": one_of("none", "dots", "full"),
+    "method.name": one_of("lora", "full"),
+    "method.rank": AT_LEAST_1,
+    "method.alpha": POSITIVE,
+    "method.dropout": SHARE,
+    "method.targets": NOT_EMPTY,
+    "method.init": one_of("kaiming", "gaussian"),
+    "data.train": NOT_EMPTY,
+    "data.max_length": Range("2 or more", lambda x: x >= 2),
+    "data.overlong": one_of("truncate", "drop", "error"),
+    "data.empty_completion": one_of("drop", "error"),
+    "data.on_bad_row": one_of("error", "skip"),
+    "data.eval_rows": AT_LEAST_0,
+    "loss.chunk": AT_LEAST_1,
+    "optim.name": one_of("adamw"),
+    "optim.lr": POSITIVE,
+    "optim.schedule": one_of("constant", "linear", "cosine"),
+    "optim.warmup": AT_LEAST_0,
+    "optim.final": Range("between 0 and 1", lambda x: 0 <= x <= 1),
+    "optim.b1": SHARE,
+    "optim.b2": SHARE,
+    "optim.eps": POSITIVE,
+    "optim.weight_decay": AT_LEAST_0,
+    "optim.clip_norm": AT_LEAST_0,
+    "train.steps": AT_LEAST_1,
+    "train.epochs": POSITIVE,
+    "train.batch_size": AT_LEAST_1,
+    "train.accumulate": AT_LEAST_1,
+    "train.log_every": AT_LEAST_1,
+    "train.eval_every": AT_LEAST_0,
+    "train.save_every": AT_LEAST_1,
+    "train.sample_every": AT_LEAST_0,
+    "train.sample_rows": AT_LEAST_0,
+    "train.sample_tokens": AT_LEAST_1,
+    "train.keep_last": AT_LEAST_1,
+    "train.keep_best": AT_LEAST_0,
+    "train.max_skipped": AT_LEAST_1,
+}
+
+
+def validate(config: Any) -> None:
+    """Checks every value against its range, then the rules between keys.
+
+    Raises:
+      UserError: names the key, what it may be and what it is.
+    """
+    for key, allowed in RULES.items():
+        section, _, name = key.rpartition(".")
+        group = config[section] if section else config
+        if name not in group or group[name] is None:
+            continue
+        value = group[name]
+        wrong = isinstance(value, float) and not math.isfinite(value)
+        if wrong or not allowed.test(value):
+            raise UserError(
+                "a value outside its range",
+                where=f"config.{key}",
+                expected=allowed.words,
+                got=repr(value),
+            )
+    _contradictions(config)
+
+
+def _contradictions(config: Any) -> None:
+    train, optim = config.train, config.optim
+    if train.steps is not None and train.epochs is not None:
+        raise UserError(
+            "the length of the run is given twice",
+            where="config.train.steps, config.train.epochs",
+            expected="one of the two",
+            got=f"steps={train.steps}, epochs={train.epochs}",
+        )
+    if train.batch_size % train.accumulate:
+        near = train.batch_size // train.accumulate * train.accumulate
+        raise UserError(
+            "the batch cannot be cut into equal micro-batches",
+            where="config.train.batch_size, config.train.accumulate",
+            expected="batch_size divisible by accumulate",
+            got=f"{train.batch_size} / {train.accumulate}",
+            fix=f"batch_size={near or train.accumulate} or "
+            f"{near + train.accumulate}",
+        )
+    if train.steps is not None and optim.warmup >= train.steps:
+        raise _long_warmup(optim.warmup, train.steps)
+
+
+def _long_warmup(warmup: int, steps: int) -> UserError:
+    return UserError(
+        "the warm-up is as long as the run",
+        where="config.optim.warmup",
+        expected=f"fewer than the {steps} steps of the run",
+        got=str(warmup),
+    )
+
+
+def total_steps(config: Any, rows_per_epoch: int) -> int:
+    """Optimizer steps of the run: `train.steps`, or `train.epochs` (1 if neither)."""
+    if config.train.steps is not None:
+        return config.train.steps
+    epochs = 1.0 if config.train.epochs is None else config.train.epochs
+    steps = math.ceil(epochs * rows_per_epoch / config.train.batch_size)
+    if config.optim.warmup >= steps > 0 and config.optim.warmup > 0:
+        raise _long_warmup(config.optim.warmup, steps)
+    return max(1, steps)
+
+
+def check_devices(config: Any, devices: int) -> None:
+    """A micro-batch must spread evenly over the devices of the mesh."""
+    rows = config.train.batch_size // config.train.accumulate
+    if rows % devices:
+        near = max(1, rows // devices) * devices
+        raise UserError(
+            "a micro-batch does not spread evenly over the devices",
+            where="config.train.batch_size, config.train.accumulate",
+            expected=f"rows per micro-batch divisible by {devices} devices",
+            got=f"{config.train.batch_size} / {config.train.accumulate} = {rows} rows",
+            fix=f"--config.train.batch_size={near * config.train.accumulate}",
+        )
+
+
+def check_positions(config: Any, max_positions: int) -> None:
+    """Rows no longer than the positions that the model knows."""
+    if config.data.max_length > max_positions:
+        raise UserError(
+            "rows would be longer than the model's positions",
+            where="config.data.max_length",
+            expected=f"at most {max_positions}",
+            got=str(config.data.max_length),
+            fix=f"--config.data.max_length={max_positions}",
+        )

@@ -1,0 +1,238 @@
+"""A source to examples that are ready to train on, with an account of every row."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ftjax.data import encode as enc
+from ftjax.data.report import DataReport, Tally
+from ftjax.data.schema import Sample, normalise
+from ftjax.data.sources import Row, RowReader, read_rows
+from ftjax.data.tokenizer import Tokenizer
+from ftjax.errors import UserError
+
+CHUNK = 1024  # rows that are rendered and encoded together
+DROPPED_SHARE = 0.05  # more rows without room for an answer are worth a warning
+
+
+@dataclass
+class Dataset:
+    """Examples and the account of how they came about.
+
+    Attributes:
+      examples: in the order of the source.
+      hashes: uint64 [n], equal where two examples have equal ids.
+    """
+
+    examples: list[enc.Example]
+    report: DataReport
+    hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    def fingerprint(self) -> str:
+        """A hash of every example in order: equal data, equal fingerprint."""
+        digest = hashlib.blake2b(digest_size=16)
+        for example in self.examples:
+            digest.update(len(example.ids).to_bytes(4, "little"))
+            digest.update(example.ids.astype("<i4").tobytes())
+            digest.update(example.trained.tobytes())
+        return digest.hexdigest()
+
+
+def build_dataset(
+    source: str,
+    tokenizer: Tokenizer,
+    data_config: Any,
+    *,
+    vocab_size: int,
+    split: str,
+) -> Dataset:
+    """Reads, checks and encodes a source.
+
+    Args:
+      source: see `sources`.
+      tokenizer: of the model.
+      data_config: the `data` section of a config: max_length, overlong, split,
+        empty_completion, completion_only, on_bad_row, eval_rows.
+      vocab_size: the rows of the model's embedding.
+      split: 'train' or 'eval': what the data is for, and which part of the shipped data
+        is read; for 'eval', `eval_rows` rows spread evenly over the source are kept.
+
+    Raises:
+      UserError: a bad row (unless they are skipped), a token id outside the vocabulary,
+        or nothing left to train on.
+    """
+    reader = read_rows(
+        source,
+        on_bad_row=data_config.on_bad_row,
+        split=_source_split(source, data_config.split, split),
+    )
+    report = DataReport(source, split, data_config.max_length)
+    notes = enc.Notes()
+    rules = enc.Rules(
+        max_length=data_config.max_length,
+        overlong=data_config.overlong,
+        completion_only=data_config.completion_only,
+        empty_completion=data_config.empty_completion,
+    )
+    skip = data_config.on_bad_row == "skip"
+    rows: Iterable[Row] = reader
+    if split == "eval" and data_config.eval_rows:
+        rows = _spread(list(reader), data_config.eval_rows)
+    samples = _samples(rows, report, tokenizer.template is not None, skip)
+    examples: list[enc.Example] = []
+    while chunk := list(islice(samples, CHUNK)):
+        outcomes = enc.encode_all(chunk, tokenizer, rules, notes)
+        _collect(outcomes, examples, report, skip)
+    _take_over(reader, report)
+    report.kept = len(examples)
+    if not examples:
+        raise _nothing_left(report, source)
+    _check_ids(examples, vocab_size)
+    hashes = _account(examples, report)
+    _warn(report, notes, tokenizer, examples[0])
+    return Dataset(examples, report, hashes)
+
+
+def note_overlap(train: Dataset, held_out: Dataset) -> int:
+    """Counts held-out rows that are also trained on, and warns in their report."""
+    shared = int(np.isin(held_out.hashes, train.hashes).sum())
+    if shared:
+        held_out.report.warnings.append(
+            f"{shared:,} of {len(held_out.hashes):,} rows are also in the training data"
+        )
+    return shared
+
+
+def _source_split(source: str, hub_split: str, split: str) -> str:
+    return split if source.startswith("pydoc:") else hub_split or split
+
+
+def _spread(rows: list[Row], count: int) -> list[Row]:
+    """`count` rows at equal distances: the head of a file may be all of one kind."""
+    if len(rows) <= count:
+        return rows
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _samples(
+    rows: Iterable[Row], report: DataReport, has_template: bool, skip: bool
+) -> Iterator[Sample]:
+    for row in rows:
+        report.read += 1
+        try:
+            found = normalise(row, has_template)
+        except UserError as error:
+            if not skip:
+                raise
+            report.skip(error.what, str(error.where))
+            continue
+        report.schemas.setdefault(found.schema, Tally()).add(row.where)
+        for column in found.ignored:
+            report.ignored.setdefault(column, Tally()).add(row.where)
+        yield found.sample
+
+
+def _collect(
+    outcomes: list[enc.Outcome],
+    examples: list[enc.Example],
+    report: DataReport,
+    skip: bool,
+) -> None:
+    for outcome in outcomes:
+        if isinstance(outcome, enc.Example):
+            examples.append(outcome)
+        elif isinstance(outcome, enc.Dropped):
+            report.drop(outcome.reason, outcome.where)
+        elif skip:
+            report.skip(outcome.what, str(outcome.where))
+        else:
+            raise outcome
+
+
+def _take_over(reader: RowReader, report: DataReport) -> None:
+    """Adds what the reader passed over."""
+    report.read += len(reader.skipped)
+    for where, reason in reader.skipped:
+        report.skip(reason, where)
+    if reader.duplicate_keys:
+        where, key = reader.duplicate_keys[0]
+        report.warnings.append(
+            f"{len(reader.duplicate_keys):,} rows have a key twice (the last counts), "
+            f"first `{key}` at {where}"
+        )
+
+
+def _nothing_left(report: DataReport, source: str) -> UserError:
+    use = "train" if report.split == "train" else "evaluate"
+    return UserError(
+        f"nothing is left to {use} on",
+        where=source,
+        got=report.counts() if report.read else "no rows at all: the file is empty",
+        fix="raise data.max_length"
+        if enc.NO_ROOM in report.dropped or enc.TOO_LONG in report.dropped
+        else "check that this is the right file",
+    )
+
+
+def _check_ids(examples: list[enc.Example], vocab_size: int) -> None:
+    for example in examples:
+        if example.ids.min() < 0 or example.ids.max() >= vocab_size:
+            bad = (example.ids < 0) | (example.ids >= vocab_size)
+            place = int(bad.argmax())
+            raise UserError(
+                "a token id is outside the model's vocabulary",
+                where=f"{example.where}, token {place}",
+                expected=f"0 to {vocab_size - 1:,}",
+                got=str(int(example.ids[place])),
+                fix="use the tokenizer that belongs to the model",
+            )
+
+
+def _account(examples: list[enc.Example], report: DataReport) -> np.ndarray:
+    """Fills in the sums and counts duplicates; returns the hash of each example."""
+    report.lengths = np.array([len(e.ids) for e in examples], np.int64)
+    report.tokens = int(report.lengths.sum())
+    report.trained = int(sum(e.trained.sum() for e in examples))
+    report.truncated = sum(e.truncated for e in examples)
+    hashes = np.array([_hash(e) for e in examples], np.uint64)
+    report.duplicates = len(hashes) - len(np.unique(hashes))
+    return hashes
+
+
+def _hash(example: enc.Example) -> int:
+    digest = hashlib.blake2b(example.ids.astype("<i4").tobytes(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _warn(
+    report: DataReport, notes: enc.Notes, tokenizer: Tokenizer, first: enc.Example
+) -> None:
+    warn = report.warnings.append
+    no_room = report.dropped.get(enc.NO_ROOM, Tally())
+    if no_room.count > DROPPED_SHARE * report.read:
+        warn(
+            f"{no_room.count / report.read:.0%} of the rows are dropped because the "
+            f"prompt alone has {report.max_length:,} tokens or more: raise "
+            "data.max_length"
+        )
+    if len(report.schemas) > 1:
+        seen = ", ".join(
+            f"{name} at {t.places[0]}" for name, t in report.schemas.items()
+        )
+        warn(f"rows of several kinds: {seen}")
+    if "AutoTrain" in report.schemas:
+        warn("AutoTrain columns: `text` is trained on as a whole, the others not used")
+    if tokenizer.eos_id is None:
+        ids = ", ".join(map(str, first.ids[:8]))
+        warn(
+            "the tokenizer has no end-of-text token, so the model will not learn to "
+            f"stop; first ids: {ids}"
+        )
+    if tokenizer.template is not None and tokenizer.template.tells_date:
+        warn("the chat template writes today's date: 26 Jul 2024 is used on every day")
+    for note, count in notes.count.items():
+        warn(f"{count:,} rows: {note} (first {notes.first[note]})")

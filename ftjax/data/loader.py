@@ -1,0 +1,122 @@
+"""Examples to batches. No state: a row's number names its examples."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from ftjax.data.dataset import Dataset
+from ftjax.data.encode import Example
+from ftjax.data.order import permutation
+from ftjax.data.pack import fill, pack
+
+MULTIPLE = 32  # of row lengths, so that near lengths compile to one program
+
+Batch = dict[str, np.ndarray]
+
+
+def slots(example: Example) -> int:
+    """The places that an example takes in a row: its tokens but the last, which only
+    is a target."""
+    return len(example.ids) - 1
+
+
+def row_length(*datasets: Dataset, max_length: int, packing: bool) -> int:
+    """The one length T of a run's rows.
+
+    `max_length` when packing, else the longest example rounded up to a multiple of 32,
+    at most `max_length`.
+    """
+    if packing:
+        return max_length
+    longest = max(slots(e) for dataset in datasets for e in dataset.examples)
+    return min(-(-longest // MULTIPLE) * MULTIPLE, max_length)
+
+
+class Loader:
+    """Batches of rows numbered from 0 over all epochs.
+
+    Row r is row f(seed, epoch, i) of the data; epoch, i = divmod(r, rows_per_epoch). So
+    any batch size, process count or restart reads the same rows in the same order.
+    After the last row of an epoch the next epoch begins, within a batch too.
+
+    Args:
+      dataset: the examples.
+      length: T, the slots of a row; see `row_length`.
+      packing: whether several examples share a row.
+      seed: fixes the packing and the order of every epoch.
+      shuffle: whether epochs are shuffled; else file order.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, length: int, packing: bool, seed: int, shuffle: bool
+    ):
+        self.dataset, self.length = dataset, length
+        self.packing, self.seed, self.shuffle = packing, seed, shuffle
+        lengths = np.array([slots(e) for e in dataset.examples], np.int64)
+        if len(lengths) == 0 or lengths.max() > length:
+            longest = lengths.max(initial=0)
+            raise ValueError(
+                f"{len(lengths)} examples of up to {longest}, T = {length}"
+            )
+        self.rows: list[tuple[int, ...]] = [(i,) for i in range(len(lengths))]
+        if packing:
+            # Epoch -1 is no epoch that is read: packing has an order of its own.
+            order = (
+                permutation(len(lengths), seed, -1)
+                if shuffle
+                else np.arange(len(lengths))
+            )
+            self.rows = [tuple(sorted(row)) for row in pack(lengths, order, length)]
+            if not shuffle:
+                self.rows.sort()
+        self.rows_per_epoch = len(self.rows)
+        self.fill = fill(lengths, self.rows, length)
+        dataset.report.rows = (self.rows_per_epoch, length, self.fill)
+        self._order = lru_cache(maxsize=4)(self._epoch_order)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.rows_per_epoch)
+        return permutation(self.rows_per_epoch, self.seed, epoch)
+
+    def examples(self, start: int, rows: int) -> list[list[int]]:
+        """The indices of the examples in each of `rows` rows from row `start` on."""
+        found = []
+        for number in range(start, start + rows):
+            epoch, i = divmod(number, self.rows_per_epoch)
+            found.append(list(self.rows[self._order(epoch)[i]]))
+        return found
+
+    def batch(self, start: int, rows: int) -> Batch:
+        """The rows start, ..., start + rows - 1 as arrays [rows, T].
+
+        Returns:
+          tokens, targets (the next token, 0 where none), segments (1.. per document,
+          0 = padding) and positions (from 0 per document), int32; weights, float32: 1
+          where the target is trained on. Never across a document's end.
+        """
+        return self._fill(self.examples(start, rows), rows)
+
+    def epoch(self, rows: int) -> Iterator[Batch]:
+        """One pass in file order; the last batch is padded by rows of weight 0."""
+        in_order = sorted(self.rows)
+        for start in range(0, len(in_order), rows):
+            yield self._fill([list(r) for r in in_order[start : start + rows]], rows)
+
+    def _fill(self, chosen: list[list[int]], rows: int) -> Batch:
+        names = ("tokens", "targets", "segments", "positions")
+        batch = {name: np.zeros((rows, self.length), np.int32) for name in names}
+        batch["weights"] = np.zeros((rows, self.length), np.float32)
+        for row, members in enumerate(chosen):
+            start = 0
+            for segment, index in enumerate(members, 1):
+                example = self.dataset.examples[index]
+                end = start + slots(example)
+                batch["tokens"][row, start:end] = example.ids[:-1]
+                batch["targets"][row, start:end] = example.ids[1:]
+                batch["weights"][row, start:end] = example.trained[1:]
+                batch["segments"][row, start:end] = segment
+                batch["positions"][row, start:end] = np.arange(end - start)
+                start = end
+        return batch

@@ -1,0 +1,79 @@
+"""What a run tells people: its plan before it starts, its result at the end."""
+
+from pathlib import Path
+from typing import Any
+
+from ftjax import console
+from ftjax.loading import Base
+from ftjax.metrics import METRICS, read_rows
+from ftjax.prepare import Data, Shape, trainable_rows
+
+
+def plan(config: Any, base: Base, shape: Shape, data: Data, steps: int) -> str:
+    """The screen before a run: data, what is trained, how long."""
+    parts = [data.train.report.text()]
+    if data.eval:
+        parts.append(data.eval.report.text())
+    parts.append(trainable(shape))
+    c = config.train
+    rows = data.loader.rows_per_epoch
+    cut = f" in {c.accumulate} micro-batches" if c.accumulate > 1 else ""
+    parts.append(
+        f"{base.name}: {config.method.name}, {shape.dtype} computation; "
+        f"{steps:,} steps of {c.batch_size} rows x {data.length} tokens{cut}, "
+        f"{steps * c.batch_size / rows:.3g} epochs of {rows:,} rows"
+    )
+    return "\n\n".join(parts)
+
+
+def trainable(shape: Shape) -> str:
+    """The table of what is trained, one line per target."""
+    rows = []
+    for target, size, rank, layers, trained, percent in trainable_rows(shape):
+        share = f"{percent:.2f}%"
+        rows.append([target, size, rank, layers or None, trained, share])
+    headers = ["target", "weight", "rank", "layers", "trained", "of it"]
+    return console.table(rows, headers)
+
+
+def evaluation(step: int, found: dict[str, float]) -> str:
+    """One line for an evaluation."""
+    return (
+        f"eval at step {step}: loss {found['loss']:.4f}, "
+        f"perplexity {found['perplexity']:.2f}, "
+        f"{found['token_accuracy']:.1%} of {found['tokens']:,} tokens"
+    )
+
+
+def result(workdir: Path, steps: int) -> dict[str, Any]:
+    """What `--json` prints of a run, read from its own metrics."""
+    rows = read_rows(workdir / METRICS)
+    evals = [row for row in rows if row["split"] == "eval"]
+    train = [row for row in rows if row["split"] == "train"]
+    found: dict[str, Any] = {"workdir": str(workdir), "steps": steps}
+    if train:
+        found |= {"loss": train[-1]["loss"], "tokens": train[-1]["tokens"]}
+        found["seconds"] = train[-1]["time"]
+        found["tokens_per_s"] = sorted(r["tokens_per_s"] for r in train)[len(train) // 2]
+    keys = ("loss", "perplexity", "token_accuracy", "tokens")
+    if evals:
+        found["eval_before"] = {k: evals[0][k] for k in keys}
+        found["eval"] = {k: evals[-1][k] for k in keys}
+        found["eval_best"] = min(row["loss"] for row in evals)
+    for name in ("adapter", "checkpoints", "report.html", "loss.png", METRICS):
+        if (workdir / name).exists():
+            found[name.partition(".")[0]] = str(workdir / name)
+    return found
+
+
+def ending(found: dict[str, Any]) -> str:
+    """The last screen of a run: eval loss before and after, and where things are."""
+    lines = []
+    if "eval" in found:
+        before, after = found["eval_before"]["loss"], found["eval"]["loss"]
+        lines.append(f"eval loss {before:.4f} -> {after:.4f}")
+    places = ("metrics", "loss", "report", "checkpoints", "adapter")
+    rows = [[name, found[name]] for name in places if isinstance(found.get(name), str)]
+    lines.append(console.table(rows))
+    lines.append(f"chat with it: python -m ftjax.generate --workdir={found['workdir']}")
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""What a user sees when something is wrong: one screen, one exit code.
+
+A `UserError` says what is wrong, where, what was expected against what was found, and
+what to do. `run_entry` turns it into that screen; anything else is a bug and keeps its
+traceback.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+EXIT_OK = 0
+EXIT_USER = 2
+EXIT_DIVERGED = 3
+EXIT_RESOURCES = 4
+EXIT_BUSY = 5
+EXIT_BUG = 70
+EXIT_STOPPED = 75
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    Args:
+      what: the fault in one sentence.
+      where: file:line, row, config key or tensor name.
+      expected: what would have been right.
+      got: what was found.
+      fix: what to do now.
+      code: the exit code of the process.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | os.PathLike[str] | None = None,
+        expected: str | None = None,
+        got: str | None = None,
+        fix: str | None = None,
+        code: int = EXIT_USER,
+    ):
+        super().__init__(what)
+        self.what, self.where, self.code = what, where, code
+        self.expected, self.got, self.fix = expected, got, fix
+
+    def screen(self) -> str:
+        """The message as it is printed, one labelled line per part."""
+        parts = [
+            ("where", self.where),
+            ("expected", self.expected),
+            ("got", self.got),
+            ("to do", self.fix),
+        ]
+        lines = [f"error: {self.what}"]
+        for label, text in parts:
+            if text is not None:
+                body = str(text).replace("\n", "\n" + " " * 12)
+                lines.append(f"  {label + ':':<9} {body}")
+        return "\n".join(lines)
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved, and can be resumed (exit code 75)."""
+
+
+def run_entry(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Runs `main(argv)` and returns the exit code; prints errors as one screen.
+
+    `--debug` anywhere in `argv` prints the traceback of a user error too. Where the
+    command names a `--workdir` that exists, the full traceback is left in its
+    `error.txt`.
+    """
+    try:
+        main(argv)
+    except UserError as error:
+        _leave_trace(argv)
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(error.screen(), file=sys.stderr)
+        return error.code
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        _leave_trace(argv)
+        traceback.print_exc()
+        print("error: this is a bug in ftjax, not in your input", file=sys.stderr)
+        return EXIT_BUG
+    return EXIT_OK
+
+
+def _leave_trace(argv: list[str]) -> None:
+    for i, arg in enumerate(argv):
+        flag, _, value = arg.lstrip("-").partition("=")
+        if flag == "workdir":
+            folder = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
+            if value or i + 1 < len(argv):
+                try:
+                    if folder.is_dir():
+                        (folder / "error.txt").write_text(traceback.format_exc())
+                except OSError as error:
+                    print(f"could not write error.txt: {error}", file=sys.stderr)

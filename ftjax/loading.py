@@ -1,0 +1,360 @@
+"""Opens what the entries work on: a base, a run, an adapter on either.
+
+A base is checked before a weight is read. A run is read from its saved JSON; no
+configuration is executed.
+"""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ftjax.checkpoints.hf import (
+    Weights,
+    check_vocab,
+    find_model,
+    load_params,
+    open_weights,
+    read_config,
+)
+from ftjax.checkpoints.peft import load_adapter
+from ftjax.checkpoints.state import Checkpoints
+from ftjax.data.tokenizer import Tokenizer, load_tokenizer
+from ftjax.errors import UserError
+from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
+from ftjax.models.config_reader import say
+from ftjax.models.decoder import Decoder
+from ftjax.models.proj import abstract_params, find_sites, params_axes
+from ftjax.models.registry import spec_from_config
+from ftjax.models.spec import ModelSpec
+from ftjax.sharding import make_mesh, shard_tree
+from ftjax.workdir import read_json
+
+PyTree = Any
+Note = Callable[[str], None]
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model folder, checked; its weights are not read yet.
+
+    Attributes:
+      name: as it was asked for: 'base', a path, a name on the Hub.
+      config: the contents of its config.json.
+      eos_ids: every token that ends an answer.
+      weights: where the tensors are; None if none were asked for.
+    """
+
+    dir: Path
+    name: str
+    config: dict[str, Any]
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    eos_ids: tuple[int, ...]
+    weights: Weights | None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model that is ready to be applied: `model.apply(variables, ...)`.
+
+    Attributes:
+      variables: {'params': ...}, and 'lora' where there is an adapter.
+      plan: of the adapter, or None.
+      label: what this is, for people: model, run, step.
+      step: of the run's checkpoint, or None.
+      chat: whether the run was trained on conversations.
+    """
+
+    base: Base
+    model: Decoder
+    variables: PyTree
+    plan: LoraPlan | None
+    label: str
+    max_positions: int
+    step: int | None = None
+    chat: bool = False
+
+
+def open_base(
+    path: str,
+    revision: str = "main",
+    chat_template: str = "",
+    *,
+    weights: bool = True,
+    note: Note = say,
+) -> Base:
+    """Finds a model and checks its configuration, tensors, tokenizer and vocabulary.
+
+    Args:
+      path: 'base', a folder, a preset or a name on the Hub.
+      revision: of a name on the Hub.
+      chat_template: a Jinja file instead of the tokenizer's own.
+      weights: whether there must be weights; a run from scratch needs none.
+      note: told, once each, what is worth knowing about the files.
+
+    Raises:
+      UserError: naming the file, key or tensor that is wrong.
+    """
+    folder = find_model(path, revision)
+    config = read_config(folder)
+    spec = spec_from_config(config, str(folder / CONFIG), note=note)
+    found = open_weights(folder, spec, note=note) if weights else None
+    if found is not None:
+        spec = found.spec
+    tokenizer = load_tokenizer(folder, chat_template)
+    check_vocab(spec, tokenizer.vocab_size, str(folder))
+    return Base(folder, path, config, spec, tokenizer, tokenizer.eos_ids, found)
+
+
+def load_base_params(base: Base, dtype: Any, mesh: Mesh, *, note: Note = say) -> PyTree:
+    """The weights in `dtype`, on their devices, split by the model's logical axes."""
+    if base.weights is None:
+        raise ValueError(f"{base.name} was opened without weights")
+    model = Decoder(base.spec)
+    shardings = shard_tree(abstract_params(model), params_axes(model), mesh)
+
+    def put(path: tuple[str, ...], host: np.ndarray) -> jax.Array:
+        sharding = shardings
+        for name in path:
+            sharding = sharding[name]
+        return jax.device_put(host, sharding)
+
+    return load_params(base.weights, dtype=jnp.dtype(dtype).name, put=put, note=note)
+
+
+def base_hash(base: Base) -> str:
+    """SHA-256 over the base's tensors as they are stored: names, shapes, bytes.
+
+    It does not depend on how the tensors are spread over files, nor on the dtype or the
+    mesh that they are read to, so that a run, its adapter and a later use agree.
+    """
+    if base.weights is None:
+        raise ValueError(f"{base.name} was opened without weights")
+
+    def digest(name: str) -> str:
+        assert base.weights is not None
+        tensor = base.weights.tensors[name]
+        data = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8)
+        content = hashlib.sha256(data).hexdigest()
+        return f"{name} {tensor.dtype} {tensor.shape} {content}\n"
+
+    with ThreadPoolExecutor(4) as pool:
+        lines = list(pool.map(digest, sorted(base.weights.tensors)))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def open_policy(
+    *,
+    model: str = "",
+    workdir: str = "",
+    adapter: str = "",
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    weights: str = "auto",
+    note: Note = say,
+) -> Policy:
+    """Loads what `--model`, `--workdir` and `--adapter` name.
+
+    Args:
+      model: a checkpoint folder, a preset, a name on the Hub or 'base'.
+      workdir: a run instead; its own `config.json` says which base.
+      adapter: a PEFT adapter on the model, or on the base of a LoRA run instead of
+        what that run has learned.
+      dtype: of the weights and the computation.
+      mesh: of all devices if None.
+      weights: of a run: 'best', 'last', or 'auto' (the best if one was kept).
+      note: told what is loaded and what is worth knowing.
+
+    Raises:
+      UserError: neither or both of model and workdir, or anything wrong in them.
+    """
+    if bool(model) == bool(workdir):
+        raise UserError(
+            "say what to use, once",
+            where="--model, --workdir",
+            expected="--model=DIR (or 'base', or a Hub name) or --workdir=RUN",
+            got="both" if model else "neither",
+        )
+    mesh = make_mesh() if mesh is None else mesh
+    if model:
+        base = open_base(model, note=note)
+        label, method = f"model {model}", None
+        chat = False
+    else:
+        config = read_run_config(workdir)
+        method = config["method"]["name"]
+        base = _base_of_run(config, note)
+        chat = False
+        label = f"run {workdir}"
+    decoder = Decoder(base.spec, dtype=dtype)
+    if adapter:
+        if method == "full":
+            raise UserError(
+                "an adapter belongs to the model that it was trained on",
+                where="--adapter, --workdir",
+                got=f"{workdir} is a full fine-tune",
+                fix="export the run with --to=merged and pass that folder as --model",
+            )
+        variables, plan = _with_adapter(base, decoder, adapter, dtype, mesh, note)
+        label = f"adapter {adapter} on {base.name}"
+        return Policy(base, decoder, variables, plan, label, base.spec.max_positions)
+    if not workdir:
+        params = load_base_params(base, dtype, mesh, note=note)
+        spec = base.spec
+        return Policy(
+            base, decoder, {"params": params}, None, label, spec.max_positions
+        )
+    return _run_policy(workdir, config, base, decoder, dtype, mesh, weights, note)
+
+
+def read_run_config(workdir: str) -> dict[str, Any]:
+    """The configuration that a run was started with, from its `config.json`.
+
+    Raises:
+      UserError: if this is no run directory.
+    """
+    folder = Path(workdir).expanduser()
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if not {"model", "method", "data"} <= config.keys():
+        is_model = "model_type" in config
+        raise UserError(
+            "this is not the folder of a run",
+            where=folder,
+            expected="config.json and checkpoints/, as ftjax.train leaves them",
+            got=None if folder.is_dir() else "no such folder",
+            fix=f"pass it as --model={workdir}" if is_model else None,
+        )
+    return config
+
+
+def _base_of_run(config: dict[str, Any], note: Note) -> Base:
+    model = config["model"]
+    scratch = bool(model.get("from_scratch"))
+    return open_base(
+        model["path"],
+        model.get("revision", "main"),
+        config["data"].get("chat_template", ""),
+        weights=not scratch,
+        note=note,
+    )
+
+
+def _run_policy(
+    workdir: str,
+    config: dict[str, Any],
+    base: Base,
+    decoder: Decoder,
+    dtype: Any,
+    mesh: Mesh,
+    weights: str,
+    note: Note,
+) -> Policy:
+    folder = Path(workdir).expanduser() / "checkpoints"
+    saved = Checkpoints(folder, report=note)
+    step, which = _choose_step(saved, weights)
+    meta = saved.meta(step)
+    _check_hash(meta.get("base_hash"), base, f"{folder}/{step}/meta.json")
+    plan = None
+    if config["method"]["name"] == "lora":
+        plan = plan_lora(find_sites(decoder), SimpleNamespace(**config["method"]))
+        shapes = jax.eval_shape(lambda: init_lora(plan, 0))
+        like = _like(shapes, lora_axes(plan), mesh)
+        lora = saved.restore(step, {"trained": {"lora": like}}, partial=True)
+        params = load_base_params(base, dtype, mesh, note=note)
+        variables = {"params": params, **lora["trained"]}
+    else:
+        like = _like(abstract_params(decoder), params_axes(decoder), mesh)
+        got = saved.restore(step, {"trained": {"params": like}}, partial=True)
+        params = jax.tree.map(lambda w: w.astype(dtype), got["trained"]["params"])
+        variables = {"params": params}
+    label = f"run {workdir}, step {step} ({which})"
+    chat = meta.get("chat")
+    if chat is None:
+        chat = _first_row_is_chat(config, base)
+    spec = base.spec
+    return Policy(
+        base, decoder, variables, plan, label, spec.max_positions, step, bool(chat)
+    )
+
+
+def _like(shapes: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
+    shardings = shard_tree(shapes, axes, mesh)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def _choose_step(saved: Checkpoints, weights: str) -> tuple[int, str]:
+    best = saved.best() if weights != "last" else None
+    if best is not None:
+        return best, "best by eval loss"
+    last = saved.latest() if weights != "best" else None
+    if last is not None:
+        return last, "last"
+    raise UserError(
+        "the run has no checkpoint to use"
+        if weights != "best"
+        else "the run has kept no best checkpoint",
+        where=saved.dir,
+        fix="let it train until its first save"
+        if weights != "best"
+        else "--weights=last, or train with data.eval and train.keep_best=1",
+    )
+
+
+def _with_adapter(
+    base: Base, decoder: Decoder, adapter: str, dtype: Any, mesh: Mesh, note: Note
+) -> tuple[PyTree, LoraPlan]:
+    loaded = load_adapter(Path(adapter).expanduser(), find_sites(decoder))
+    if loaded.base_hash is None:
+        made_for = loaded.base_name or "unknown"
+        note(
+            f"{adapter}: does not say which weights it was trained on (base model:"
+            f" {made_for}); it is put on {base.name} unverified"
+        )
+    _check_hash(loaded.base_hash, base, adapter)
+    shardings = shard_tree(loaded.lora, lora_axes(loaded.plan), mesh)
+    lora = jax.device_put(loaded.lora, shardings)
+    params = load_base_params(base, dtype, mesh, note=note)
+    return {"params": params, "lora": lora}, loaded.plan
+
+
+def _check_hash(expected: str | None, base: Base, where: str) -> None:
+    """Same shapes with other weights would be silent nonsense."""
+    if expected is None or base.weights is None:
+        return
+    found = base_hash(base)
+    if found != expected:
+        raise UserError(
+            "this was trained on another base: same shapes, other weights",
+            where=where,
+            expected=f"base weights {expected[:16]}",
+            got=f"{found[:16]} in {base.dir}",
+            fix="pass the base that it was trained on",
+        )
+
+
+def _first_row_is_chat(config: dict[str, Any], base: Base) -> bool:
+    """Whether the first row that the run was trained on is a conversation."""
+    from ftjax.data.schema import Conversation, normalise
+    from ftjax.data.sources import read_rows
+
+    try:
+        row = next(iter(read_rows(config["data"]["train"], split="train")), None)
+        has_template = base.tokenizer.template is not None
+        sample = normalise(row, has_template).sample if row is not None else None
+    except UserError:
+        return False
+    return isinstance(sample, Conversation)

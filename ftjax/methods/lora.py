@@ -1,0 +1,271 @@
+"""LoRA as PEFT defines it, as a loop over the projection sites.
+
+A plan says, for each site and layer, which rank and which alpha; everything else (the
+tree, the table, merging, export) follows from the plan and the sites.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.errors import UserError
+from ftjax.models.proj import Path, Site
+from ftjax.weights import Delta
+
+HEAD = ("lm_head",)
+INITS = ("kaiming", "gaussian")
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The update of one site: rank and alpha per layer; rank 0 where there is none."""
+
+    site: Site
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The stored rank: that of the largest layer."""
+        return max(self.ranks)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+        root = math.sqrt if self.rslora else float
+        pairs = zip(self.alphas, self.ranks, strict=True)
+        return tuple(alpha / root(rank) if rank else 0.0 for alpha, rank in pairs)
+
+    @property
+    def count(self) -> int:
+        """Trained parameters: rank * (inputs + outputs), summed over the layers."""
+        fan = math.prod(self.site.inputs) + math.prod(self.site.outputs)
+        return sum(self.ranks) * fan
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    sites: dict[Path, SitePlan]
+    dropout: float = 0.0
+
+
+def site_names(site: Site) -> list[str]:
+    """The Hugging Face module names of a site, one per layer."""
+    if site.layers is None:
+        return [".".join(site.path)]
+    head, *rest = site.path
+    return [f"model.{head}.{i}." + ".".join(rest) for i in range(site.layers)]
+
+
+def plan_lora(sites: Mapping[Path, Site], config: Any) -> LoraPlan:
+    """Resolves targets and patterns against the sites of a model.
+
+    Args:
+      sites: of the model.
+      config: `targets` ('all-linear', or regexes separated by commas, each matched
+        against whole module names or their dotted suffixes, as PEFT does), `rank`,
+        `alpha`, `rank_pattern` and `alpha_pattern` ('regex=value,...', the first that
+        matches a name's end wins), `use_rslora`, `dropout`.
+
+    Raises:
+      UserError: where a pattern matches nothing, is no regex or names the head, or a
+        rank does not fit its weight.
+    """
+    body = {path: site for path, site in sites.items() if path != HEAD}
+    everything = [name for site in sites.values() for name in site_names(site)]
+    patterns = _patterns(config.targets, "config.method.targets")
+    if config.targets == "all-linear":
+        patterns = [r".*"]
+    _each_matches(patterns, everything, "config.method.targets")
+    _refuse_head(patterns, config.targets, sites)
+    ranks = _pairs(config.rank_pattern, "config.method.rank_pattern", int)
+    alphas = _pairs(config.alpha_pattern, "config.method.alpha_pattern", float)
+    for pairs, key in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
+        _each_matches(list(pairs), everything, f"config.method.{key}")
+    plans = {}
+    for path, site in body.items():
+        names = site_names(site)
+        hit = [any(_matches(p, name) for p in patterns) for name in names]
+        if any(hit):
+            rank = [
+                _first(ranks, n, config.rank) if h else 0
+                for n, h in zip(names, hit, strict=True)
+            ]
+            alpha = [_first(alphas, name, config.alpha) for name in names]
+            _check_rank(site, max(rank))
+            plans[path] = SitePlan(site, tuple(rank), tuple(alpha), config.use_rslora)
+    return LoraPlan(plans, config.dropout)
+
+
+def split_list(text: str) -> list[str]:
+    """Splits at commas that are not inside brackets.
+
+    >>> split_list('q_proj,layers.[0,1].*v_proj')
+    ['q_proj', 'layers.[0,1].*v_proj']
+    """
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _patterns(text: str, key: str) -> list[str]:
+    patterns = split_list(text)
+    if not patterns:
+        raise UserError(
+            "there is nothing to train",
+            where=key,
+            expected="all-linear, or names such as q_proj,v_proj",
+            got=repr(text),
+        )
+    return patterns
+
+
+def _pairs(text: str, key: str, kind: type) -> dict[str, Any]:
+    pairs = {}
+    for part in split_list(text):
+        pattern, equals, value = part.rpartition("=")
+        try:
+            pairs[pattern] = kind(value)
+            bad = not equals or pairs[pattern] <= 0
+        except ValueError:
+            bad = True
+        if bad:
+            raise UserError(
+                "a pattern without a value",
+                where=key,
+                expected=f"regex=positive {kind.__name__}, separated by commas",
+                got=part,
+            )
+    return pairs
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+
+
+def _first(pairs: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((v for p, v in pairs.items() if _matches(p, name)), default)
+
+
+def _each_matches(patterns: list[str], names: list[str], key: str) -> None:
+    counts = {}
+    for pattern in patterns:
+        try:
+            counts[pattern] = sum(_matches(pattern, name) for name in names)
+        except re.error as error:
+            raise UserError(
+                "this is not a regular expression",
+                where=key,
+                got=f"{pattern!r}: {error}",
+                fix="escape the character, or name the modules: q_proj,v_proj",
+            ) from error
+    lost = [pattern for pattern, count in counts.items() if not count]
+    if lost:
+        known = sorted({name.rsplit(".", 1)[-1] for name in names})
+        near = [n for p in lost for n in difflib.get_close_matches(p, known, 2, 0.5)]
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise UserError(
+            "a pattern matches no projection of this model",
+            where=key,
+            expected="every pattern to match; projections: " + ", ".join(known),
+            got=", ".join(f"{p} ({c} matches)" for p, c in counts.items()),
+            fix=hint + "norms and embeddings cannot be targets",
+        )
+
+
+def _refuse_head(patterns: list[str], targets: str, sites: Mapping[Path, Site]) -> None:
+    named = any(_matches(p, "lm_head") for p in patterns)
+    if named and targets != "all-linear" and HEAD in sites:
+        raise UserError(
+            "the output head cannot be a LoRA target",
+            where="config.method.targets",
+            expected="projections inside the layers",
+            got=targets,
+            fix="leave lm_head out, or use method=full",
+        )
+
+
+def _check_rank(site: Site, rank: int) -> None:
+    most = min(math.prod(site.inputs), math.prod(site.outputs))
+    if rank > most:
+        raise UserError(
+            "the rank is larger than the weight",
+            where=f"config.method.rank for {'.'.join(site.path)}",
+            expected=f"at most {most}: the weight is {math.prod(site.inputs)} x "
+            f"{math.prod(site.outputs)}",
+            got=str(rank),
+        )
+
+
+def init_lora(plan: LoraPlan, seed: int, init: str = "kaiming") -> Any:
+    """The collection at the start: `b` is zero, so the model begins as the base.
+
+    `a` is U(-1/sqrt(inputs), 1/sqrt(inputs)) (PEFT's kaiming_uniform(sqrt 5)) or, for
+    'gaussian', N(0, 1/rank^2). Each layer and site draws from its own stream, so that a
+    site's start does not depend on which others are trained.
+    """
+    tree: dict[str, Any] = {}
+    for path, plan_at in plan.sites.items():
+        site = plan_at.site
+        fan_in, rank = math.prod(site.inputs), plan_at.rank
+        a = np.zeros((len(plan_at.ranks), *site.inputs, rank), np.float32)
+        for layer, name in enumerate(site_names(site)):
+            r = plan_at.ranks[layer]
+            # A stream per name: platform and process independent.
+            words = [seed, *np.frombuffer(name.encode(), np.uint8).tolist()]
+            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+            if r and init == "gaussian":
+                draw = rng.normal(0, 1 / r, (*site.inputs, r))
+            else:
+                draw = rng.uniform(-1, 1, (*site.inputs, r)) / math.sqrt(fan_in)
+            a[layer, ..., :r] = draw
+        b = np.zeros((len(plan_at.ranks), rank, *site.outputs), np.float32)
+        scale = np.asarray(plan_at.scales, np.float32)
+        if site.layers is None:
+            a, b, scale = a[0], b[0], scale[0]
+        put(tree, path, {"w": Delta(a, b, scale, plan.dropout)})
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def lora_axes(plan: LoraPlan) -> Any:
+    """The logical axes of the collection's leaves, for the sharding rules."""
+    tree: dict[str, Any] = {}
+    for path, plan_at in plan.sites.items():
+        site = plan_at.site
+        cut = len(site.inputs)
+        stack = () if site.layers is None else (None,)
+        a = (*stack, *site.axes[:cut], None)
+        b = (*stack, None, *site.axes[cut:])
+        put(tree, path, {"w": Delta(a, b, stack, plan.dropout)})  # type: ignore
+    return tree
+
+
+def put(tree: dict[str, Any], path: Path, value: Any) -> None:
+    """Sets a value in a nested dict."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+def merge(params: Any, lora: Any) -> Any:
+    """`params` with every update added to its weight, in float32, cast back last."""
+
+    def add(tree: Any, update: Any) -> Any:
+        if isinstance(update, Delta):
+            return (tree.astype(jnp.float32) + update.dense()).astype(tree.dtype)
+        return {k: add(v, update[k]) if k in update else v for k, v in tree.items()}
+
+    return add(params, lora)

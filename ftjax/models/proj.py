@@ -1,0 +1,134 @@
+"""The site: where a frozen weight and its update meet.
+
+`Proj` is the only module with a matmul weight. Whatever works on weights (LoRA,
+merging, sharding, export) is a loop over `find_sites(model)` and knows no model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ftjax.weights import Array, Delta
+
+Path = tuple[str, ...]
+
+
+class Proj(nn.Module):
+    """`einsum(eqn, x, w)`, plus the low-rank update if there is one, plus a bias.
+
+    Reads `params/.../w` and adds `lora/.../w` where that collection has a `Delta`.
+
+    Attributes:
+      eqn: such as 'BTD,DNH->BTNH'; w names its inputs first, then its outputs.
+      shape: of w.
+      axes: logical axes of w, for the sharding rules.
+      bias: adds `params/.../b`, of the outputs' shape.
+    """
+
+    eqn: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    bias: bool = False
+
+    def setup(self) -> None:
+        inputs = site_inputs(self.eqn)
+        fan = nn.initializers.variance_scaling(
+            1.0, "fan_in", "normal", range(inputs), range(inputs, len(self.shape))
+        )
+        self.w = self.param("w", nn.with_partitioning(fan, self.axes), self.shape)
+        if self.bias:
+            zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[inputs:])
+            self.b = self.param("b", zeros, self.shape[inputs:])
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum(self.eqn, x, self.w.astype(x.dtype))
+        delta: Delta | None = self.get_variable("lora", "w")
+        if delta is not None:
+            train = delta.dropout > 0 and self.has_rng("dropout")
+            y = y + delta(self.eqn, x, self.make_rng("dropout") if train else None)
+        if self.bias:
+            b = self.b.astype(x.dtype)
+            y = y + jnp.expand_dims(b, tuple(range(y.ndim - b.ndim)))
+        return y
+
+
+def site_inputs(eqn: str) -> int:
+    """How many leading axes of the weight are contracted.
+
+    >>> site_inputs('BTNH,NHD->BTD')
+    2
+    """
+    x, w, _ = eqn.replace("->", ",").split(",")
+    return sum(c in x for c in w)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One projection: its equation, per-layer shape, logical axes and layer count.
+
+    `layers` is None where the weight is not stacked.
+    """
+
+    path: Path
+    eqn: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    layers: int | None
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        return self.shape[: site_inputs(self.eqn)]
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return self.shape[site_inputs(self.eqn) :]
+
+
+def find_sites(model: nn.Module) -> dict[Path, Site]:
+    """Every projection of a model, traced from shapes alone: {path: Site}."""
+    found: dict[Path, Proj] = {}
+
+    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, Proj):
+            found[context.module.path] = context.module
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        params = abstract_params(model)
+    sites = {}
+    for path, proj in found.items():
+        leaf: Any = params
+        for name in path:
+            leaf = leaf[name]
+        stacked = len(leaf["w"].shape) > len(proj.shape)
+        layers = leaf["w"].shape[0] if stacked else None
+        sites[path] = Site(path, proj.eqn, proj.shape, proj.axes, layers)
+    return sites
+
+
+def abstract_params(model: nn.Module) -> Any:
+    """The shapes of a model's `params`, without their logical axes."""
+    return nn.unbox(boxed_params(model))
+
+
+def params_axes(model: nn.Module) -> Any:
+    """The logical axes of a model's `params`: a tree of tuples."""
+    return jax.tree.map(
+        lambda box: tuple(box.names),
+        boxed_params(model),
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+    )
+
+
+def boxed_params(model: nn.Module) -> Any:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key, tokens: model.init(key, tokens, tokens, tokens, method="logits"),
+        key,
+        tokens,
+    )
+    return shapes["params"]

@@ -1,0 +1,336 @@
+"""Fine-tunes a model: from a config to a run directory, a checkpoint and an adapter.
+
+    python -m ftjax.train --config=configs/sft.py:model=PATH,method=lora \\
+        --config.data.train=FILE --workdir=DIR
+
+The same command in the same directory continues where it stopped.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh, NamedSharding
+
+from ftjax import cli, describe
+from ftjax.checkpoints.peft import save_adapter
+from ftjax.checkpoints.state import Checkpoints
+from ftjax.config import check_devices, total_steps, validate
+from ftjax.console import Progress, say
+from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
+from ftjax.evals.causal import evaluate, make_sum_batch
+from ftjax.evals.samples import answer, pick_prompts
+from ftjax.loading import base_hash, open_base
+from ftjax.losses.causal_lm import Sums, causal_lm
+from ftjax.metrics import MetricLog
+from ftjax.models.decoder import Decoder, hidden_and_head
+from ftjax.optim import make_optimizer, make_schedule
+from ftjax.prepare import Data, load_variables, prepare_data, prepare_shape
+from ftjax.report import write_report
+from ftjax.rollout import Generator
+from ftjax.sharding import batch_sharding, make_mesh, put_batch, replicated
+from ftjax.signals import StopRequest
+from ftjax.step import Loss, TrainState, init_state, make_train_step
+from ftjax.workdir import Workdir, compare_values
+
+PyTree = Any
+
+
+def main(args: flags.FlagValues) -> dict[str, Any]:
+    if args.config is None:
+        raise UserError(
+            "no configuration is named", fix="--config=configs/sft.py --workdir=DIR"
+        )
+    found = run(args.config, args.workdir)
+    say(describe.ending(found))
+    return found
+
+
+def run(config: Any, workdir: str) -> dict[str, Any]:
+    """The whole run: check, load, train, evaluate, save, report.
+
+    Returns:
+      what `--json` prints; see `describe.result`.
+
+    Raises:
+      UserError: before anything expensive, for whatever the user can mend.
+      Stopped: it was asked to stop, and has saved its last step.
+    """
+    validate(config)
+    with StopRequest() as stop, Workdir.open(workdir, report=say) as folder:
+        settings = config.to_dict()
+        for change in folder.compare_config(settings):
+            say(f"changed since the run began: {change}")
+        c = config.train
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+        check_devices(config, mesh.size)
+        base = open_base(
+            config.model.path,
+            config.model.revision,
+            config.data.chat_template,
+            weights=not config.model.from_scratch,
+        )
+        shape = prepare_shape(config, base, mesh)
+        data = prepare_data(config, base)
+        steps = total_steps(config, data.loader.rows_per_epoch)
+        say(describe.plan(config, base, shape, data, steps))
+
+        checkpoints = Checkpoints(
+            folder.path / "checkpoints",
+            keep_last=c.keep_last,
+            keep_best=c.keep_best,
+            report=say,
+        )
+        identity = {
+            "method": settings["method"],
+            "data": data.train.fingerprint(),
+            "base_hash": base_hash(base) if base.weights else "",
+        }
+        first = resume_point(checkpoints, identity)
+        folder.save_config(settings)
+
+        trained, frozen = load_variables(config, base, shape, mesh)
+        tx = make_optimizer(config.optim, steps)
+        state = on_mesh(init_state(trained, tx, config.seed), mesh)
+        meta: dict[str, Any] = {**identity, "tokens": 0, "best": None}
+        if first:
+            meta = checkpoints.meta(first)
+            state = checkpoints.restore(first, state)
+            say(f"continuing after step {first}")
+
+        sum_batch = make_sum_batch(shape.model, config.loss.chunk)
+        step_fn = compile_step(make_loss(shape.model, config.loss.chunk), tx, state)
+        rate = make_schedule(config.optim, steps)
+        prompts = pick_prompts(data.eval or data.train, base.tokenizer, c.sample_rows)
+
+        def look(step: int, trained: PyTree, sample: bool) -> float | None:
+            """Samples and evaluates; the eval loss, if there is eval data."""
+            variables = {**frozen, **trained}
+            if sample and prompts:
+                generator = Generator(
+                    base.spec, variables, dtype=shape.dtype, eos_ids=base.eos_ids
+                )
+                texts = answer(generator, base.tokenizer, prompts, c.sample_tokens)
+                for prompt, text in zip(prompts, texts, strict=True):
+                    log.write_sample(step, prompt.text, text, prompt.reference)
+            if data.eval_loader is None:
+                return None
+            batches = data.eval_loader.epoch(c.batch_size // c.accumulate)
+            found = evaluate(sum_batch, variables, batches, batch_sharding(mesh))
+            log.write(step, "eval", **found)
+            progress.note(describe.evaluation(step, found))
+            return found["loss"]
+
+        def due(step: int, every: int) -> bool:
+            return step == steps or bool(every) and step % every == 0
+
+        def pause(step: int) -> bool:
+            return (
+                due(step, c.eval_every) or due(step, c.save_every) or stop.requested
+            )
+
+        log = MetricLog(
+            folder.path,
+            resume_step=first or None,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            config=settings,
+        )
+        with log, Progress(steps, start=first) as progress:
+            if not first:
+                meta["best"] = look(0, state.trained, sample=True)
+            clock = Clock(steps - first)
+            batches = micro_batches(data, config, first, steps)
+            for step, values, now in run_steps(
+                step_fn, state, frozen, batches, mesh, pause
+            ):
+                meta["tokens"] += int(values.pop("weight"))
+                speed = clock.tick(values.pop("row_tokens"))
+                log.write(
+                    step,
+                    "train",
+                    **values,
+                    lr=rate(step - 1),
+                    tokens=meta["tokens"],
+                    tokens_per_s=speed,
+                    time=clock.elapsed,
+                )
+                if due(step, c.log_every):
+                    progress.update(step, values["loss"], speed, clock.left)
+                if values["skipped"] >= c.max_skipped:
+                    raise diverged(step, checkpoints, values)
+                if now is None:
+                    continue
+                score, best = None, meta["best"]
+                if due(step, c.eval_every):
+                    score = look(step, now.trained, due(step, c.sample_every))
+                    if score is not None and (best is None or score < best):
+                        meta["best"] = score
+                kept = c.keep_best > 0 and meta["best"] != best
+                if due(step, c.save_every) or kept or stop.requested:
+                    checkpoints.save(step, now, meta, score)
+                if stop.requested and step < steps:
+                    raise Stopped(
+                        f"stopped: saved step {step} of {steps}; "
+                        "the same command continues"
+                    )
+                clock.restart()
+                state = now
+        finish(folder, base, shape, state, meta)
+        return describe.result(folder.path, steps)
+
+
+def make_loss(model: Decoder, chunk: int) -> Loss:
+    """The objective of SFT and of plain text: the weights tell them apart."""
+
+    def loss(variables: PyTree, batch: PyTree, key: jax.Array) -> Sums:
+        return causal_lm(*hidden_and_head(model, variables, batch, key), batch, chunk)
+
+    return loss
+
+
+def compile_step(loss: Loss, tx: Any, state: TrainState) -> Any:
+    """The jitted step; the state is given up to it, and keeps its shardings."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        make_train_step(loss, tx), donate_argnums=0, out_shardings=(shardings, None)
+    )
+
+
+def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:
+    """Replicates what has no place on the mesh yet: counters and keys."""
+
+    def place(leaf: jax.Array) -> jax.Array:
+        known = isinstance(leaf.sharding, NamedSharding)
+        return leaf if known else jax.device_put(leaf, replicated(mesh))
+
+    return jax.tree.map(place, state)
+
+
+def micro_batches(
+    data: Data, config: Any, first: int, steps: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batch of each step, leaves [k, rows, T]: a function of the step alone."""
+    rows, k = config.train.batch_size, config.train.accumulate
+    for step in range(first, steps):
+        batch = data.loader.batch(step * rows, rows)
+        yield {n: x.reshape(k, rows // k, *x.shape[1:]) for n, x in batch.items()}
+
+
+def run_steps(
+    step_fn: Any,
+    state: TrainState,
+    frozen: PyTree,
+    batches: Iterator[dict[str, np.ndarray]],
+    mesh: Mesh,
+    pause: Callable[[int], bool],
+) -> Iterator[tuple[int, dict[str, Any], TrainState | None]]:
+    """(step, values, state) of each step; the state only where `pause(step)`.
+
+    Elsewhere a step's values are read after the next one has been sent off, so that
+    the device never waits for the host.
+    """
+    step = int(state.step)
+    sharding = batch_sharding(mesh, leading=1)
+    waiting: tuple[int, dict[str, Any], None] | None = None
+    for batch in batches:
+        row_tokens = int((batch["segments"] > 0).sum())
+        state, metrics = step_fn(state, frozen, put_batch(batch, sharding))
+        step += 1
+        if waiting:
+            yield _read(waiting)
+        waiting = (step, {**metrics, "row_tokens": row_tokens}, None)
+        if pause(step):
+            yield (*_read(waiting)[:2], state)
+            waiting = None
+
+
+def _read(item: tuple[int, dict[str, Any], None]) -> tuple[int, dict[str, Any], None]:
+    step, metrics, nothing = item
+    values = {name: value for name, value in jax.device_get(metrics).items()}
+    return step, {n: v.item() if hasattr(v, "item") else v for n, v in values.items()}, nothing
+
+
+class Clock:
+    """Speed and time left, from the steps alone: not compiling, evaluating, saving."""
+
+    def __init__(self, steps: int):
+        self.steps, self.done, self.spent = steps, 0, 0.0
+        self.began = self.last = time.monotonic()
+        self.compiled = False
+
+    def tick(self, tokens: int) -> float:
+        """Tokens per second of the step that has just ended."""
+        now = time.monotonic()
+        took, self.last = max(now - self.last, 1e-9), now
+        self.done += 1
+        if self.done > 1:  # the first step compiles
+            self.spent += took
+        return tokens / took
+
+    def restart(self) -> None:
+        self.last = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def left(self) -> float | None:
+        if self.done < 2:
+            return None
+        return (self.steps - self.done) * self.spent / (self.done - 1)
+
+
+def resume_point(checkpoints: Checkpoints, identity: dict[str, Any]) -> int:
+    """The step to continue after, 0 for a new run; refuses another run's state."""
+    checkpoints.clean()
+    done = checkpoints.latest()
+    if done is None:
+        return 0
+    saved = checkpoints.meta(done)
+    compare_values(
+        {key: saved.get(key) for key in identity},
+        identity,
+        what="the checkpoints here belong to another run",
+        where=checkpoints.dir,
+        fix="use another --workdir, or restore the data and the model of this run",
+    )
+    return done
+
+
+def diverged(step: int, checkpoints: Checkpoints, values: dict[str, Any]) -> UserError:
+    saved = checkpoints.steps()
+    return UserError(
+        f"{values['skipped']} updates in a row had to be left out",
+        where=f"step {step}",
+        expected="a finite loss and gradient, and tokens to train on",
+        got=f"loss {values['loss']}, gradient norm {values['grad_norm']}",
+        fix="lower config.optim.lr; "
+        + (f"the last good checkpoint is step {saved[-1]}" if saved else "start anew"),
+        code=EXIT_DIVERGED,
+    )
+
+
+def finish(folder: Workdir, base: Any, shape: Any, state: TrainState, meta: Any) -> None:
+    """Leaves the adapter and the report."""
+    if shape.plan is not None:
+        save_adapter(
+            folder.path / "adapter",
+            state.trained["lora"],
+            shape.plan,
+            base_name=str(base.dir),
+            base_hash=meta["base_hash"],
+        )
+    write_report(folder.path)
+
+
+def define(args: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "", "the folder of the run", flag_values=args)
+
+
+if __name__ == "__main__":
+    cli.entry(main, define, config=True)

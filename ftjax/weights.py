@@ -1,0 +1,60 @@
+"""The kinds of leaves beside plain arrays: a low-rank update of a weight."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class Delta:
+    """A low-rank update `scale * a.b` of a weight (LoRA, arXiv 2106.09685).
+
+    Shapes are those of one layer; a stack of layers adds a leading axis to each leaf.
+    A layer of smaller rank is padded with zeros, which stay zero: the gradient of a
+    zero column of `a` is a multiple of the zero row of `b`, and the other way round.
+    """
+
+    a: Array  # [*inputs, rank]
+    b: Array  # [rank, *outputs]
+    scale: Array  # [], alpha / rank; a leaf so that runs may vary it; never trained
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+
+    def __call__(self, eqn: str, x: Array, key: Array | None = None) -> Array:
+        """`scale * einsum(eqn, dropout(x), a.b)`, by way of the rank, in x's dtype.
+
+        Args:
+          eqn: the projection's equation, such as 'BTD,DNH->BTNH'.
+          x: [..., *inputs].
+          key: draws the dropout mask; None (evaluation) drops nothing.
+        """
+        down, up = low_rank(eqn)
+        if key is not None and self.dropout > 0:
+            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), 0)
+        scale = jax.lax.stop_gradient(self.scale).astype(x.dtype)
+        h = jnp.einsum(down, x, self.a.astype(x.dtype)) * scale
+        return jnp.einsum(up, h, self.b.astype(x.dtype))
+
+    def dense(self) -> Array:
+        """The update as a full weight, `scale * a.b`: [*stack, *inputs, *outputs]."""
+        stack = self.scale.shape
+        a = self.a.reshape(*stack, -1, self.a.shape[-1])
+        b = self.b.reshape(*stack, self.b.shape[len(stack)], -1)
+        scale = self.scale.reshape(*stack, 1, 1)
+        inputs, outputs = self.a.shape[len(stack) : -1], self.b.shape[len(stack) + 1 :]
+        return (scale * (a @ b)).reshape(*stack, *inputs, *outputs)
+
+
+def low_rank(eqn: str) -> tuple[str, str]:
+    """The two halves of a projection through a rank axis `r`.
+
+    >>> low_rank('BTD,DNH->BTNH')
+    ('BTD,Dr->BTr', 'BTr,rNH->BTNH')
+    """
+    x, w, y = eqn.replace("->", ",").split(",")
+    w_in = "".join(c for c in w if c in x)
+    w_out = "".join(c for c in w if c not in x)
+    low = "".join(c for c in x if c not in w) + "r"
+    return f"{x},{w_in}r->{low}", f"{low},r{w_out}->{y}"
