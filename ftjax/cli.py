@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import importlib.util
 import json
+import os
 import re
 import sys
 import traceback
@@ -50,6 +51,8 @@ def run(
         args = parse(argv, define, config=config, help_text=_help_text(main))
         if args is None:
             return
+        # Said by a library at import, to those who do not use torch.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         with _stdout_to_stderr(args.json):
             result = main(args)
         if args.json and result is not None:
@@ -112,13 +115,6 @@ def define_source(args: Args) -> None:
         "auto",
         ["auto", "best", "last"],
         "of a run: its best checkpoint, its last, or (auto) the best that was kept",
-        flag_values=args,
-    )
-    flags.DEFINE_enum(
-        "dtype",
-        "float32",
-        ["float32", "bfloat16"],
-        "of the computation",
         flag_values=args,
     )
 

@@ -7,6 +7,7 @@ runs/, and adds only a look at the same answers before and after.
 """
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ from ftjax.metrics import SAMPLES, read_rows
 
 CONFIG = "configs/sft.py"
 VALUES = {
+    "method.rank": 8,
+    "method.alpha": 16.0,
     "optim.lr": 3e-3,
-    "train.steps": 150,
+    "train.steps": 100,
     "train.batch_size": 8,
     "train.eval_every": 50,
     "train.save_every": 50,
+    "train.sample_tokens": 48,
     "data.max_length": 256,
 }
 COLUMN = 38  # two of them, and what is between, fit a terminal of 80
 
 
 def main(args: flags.FlagValues) -> dict[str, Any]:
-    from ftjax import train
+    from ftjax import describe, train  # after the flags: they start JAX
 
     workdir = fresh_folder(Path(args.runs))
     values = " ".join(f"--config.{key}={value}" for key, value in VALUES.items())
@@ -40,7 +44,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     config.update_from_flattened_dict(VALUES)
     result = train.run(config, str(workdir))
     say("\n" + side_by_side(read_rows(workdir / SAMPLES)))
-    say(f"Chat with it:\n\n    {python()} -m ftjax.generate --workdir={workdir}")
+    say(describe.ending(result).replace("python -m", f"{python()} -m"))
     return result
 
 
@@ -54,7 +58,7 @@ def fresh_folder(runs: Path) -> Path:
 
 
 def side_by_side(samples: list[dict[str, Any]]) -> str:
-    """Each prompt with its first and its last answer in two columns."""
+    """Each prompt with its first and last answer in two columns, and the right one."""
     told: dict[str, list[dict[str, Any]]] = {}
     for row in samples:
         told.setdefault(row["prompt"], []).append(row)
@@ -63,7 +67,8 @@ def side_by_side(samples: list[dict[str, Any]]) -> str:
         answers = [rows[0]["text"], rows[-1]["text"]]
         before, after = (" ".join(text.split()) or "(nothing)" for text in answers)
         columns = table([[before, after]], ["before", "after"], wrap=COLUMN)
-        parts.append(f"{_asked(prompt)}\n\n{columns}\n")
+        right = textwrap.fill(f"docstring: {rows[0]['reference']}", 2 * COLUMN)
+        parts.append(f"{_asked(prompt)}\n\n{columns}\n\n{right}\n")
     return "\n".join(parts)
 
 

@@ -8,6 +8,8 @@ from ftjax.loading import Base
 from ftjax.metrics import METRICS, read_rows
 from ftjax.prepare import Data, Shape, trainable_rows
 
+PLACES = (METRICS, "loss.png", "report.html", "checkpoints", "adapter")
+
 
 def plan(config: Any, base: Base, shape: Shape, data: Data, steps: int) -> str:
     """The screen before a run: data, what is trained, how long."""
@@ -60,9 +62,9 @@ def result(workdir: Path, steps: int) -> dict[str, Any]:
         found["eval_before"] = {k: evals[0][k] for k in keys}
         found["eval"] = {k: evals[-1][k] for k in keys}
         found["eval_best"] = min(row["loss"] for row in evals)
-    for name in ("adapter", "checkpoints", "report.html", "loss.png", METRICS):
-        if (workdir / name).exists():
-            found[name.partition(".")[0]] = str(workdir / name)
+    found["files"] = {
+        name: str(workdir / name) for name in PLACES if (workdir / name).exists()
+    }
     return found
 
 
@@ -72,8 +74,6 @@ def ending(found: dict[str, Any]) -> str:
     if "eval" in found:
         before, after = found["eval_before"]["loss"], found["eval"]["loss"]
         lines.append(f"eval loss {before:.4f} -> {after:.4f}")
-    places = ("metrics", "loss", "report", "checkpoints", "adapter")
-    rows = [[name, found[name]] for name in places if isinstance(found.get(name), str)]
-    lines.append(console.table(rows))
+    lines.append(console.table(list(map(list, found["files"].items()))))
     lines.append(f"chat with it: python -m ftjax.generate --workdir={found['workdir']}")
     return "\n".join(lines)

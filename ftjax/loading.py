@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
 from ftjax.models.config_reader import say
 from ftjax.models.decoder import Decoder
+from ftjax.models.presets import PRESETS
 from ftjax.models.proj import abstract_params, find_sites, params_axes
 from ftjax.models.registry import spec_from_config
 from ftjax.models.spec import ModelSpec
@@ -145,12 +147,20 @@ def base_hash(base: Base) -> str:
         assert base.weights is not None
         tensor = base.weights.tensors[name]
         data = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8)
-        content = hashlib.sha256(data).hexdigest()
+        content = hashlib.sha256(data.data).hexdigest()
         return f"{name} {tensor.dtype} {tensor.shape} {content}\n"
 
     with ThreadPoolExecutor(4) as pool:
         lines = list(pool.map(digest, sorted(base.weights.tensors)))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def public_name(base: Base) -> str:
+    """What another program can load the base by: its name on the Hub, or its folder."""
+    if base.name in PRESETS:
+        return PRESETS[base.name].hub
+    on_hub = base.name != "base" and not Path(base.name).expanduser().is_dir()
+    return base.name if on_hub else str(base.dir.absolute())
 
 
 def open_policy(
@@ -186,35 +196,20 @@ def open_policy(
             got="both" if model else "neither",
         )
     mesh = make_mesh() if mesh is None else mesh
-    if model:
-        base = open_base(model, note=note)
-        label, method = f"model {model}", None
-        chat = False
-    else:
-        config = read_run_config(workdir)
-        method = config["method"]["name"]
-        base = _base_of_run(config, note)
-        chat = False
-        label = f"run {workdir}"
-    decoder = Decoder(base.spec, dtype=dtype)
-    if adapter:
-        if method == "full":
-            raise UserError(
-                "an adapter belongs to the model that it was trained on",
-                where="--adapter, --workdir",
-                got=f"{workdir} is a full fine-tune",
-                fix="export the run with --to=merged and pass that folder as --model",
-            )
-        variables, plan = _with_adapter(base, decoder, adapter, dtype, mesh, note)
-        label = f"adapter {adapter} on {base.name}"
-        return Policy(base, decoder, variables, plan, label, base.spec.max_positions)
+    if workdir and not adapter:
+        return _open_run(workdir, weights, dtype, mesh, note)
     if not workdir:
-        params = load_base_params(base, dtype, mesh, note=note)
-        spec = base.spec
-        return Policy(
-            base, decoder, {"params": params}, None, label, spec.max_positions
+        base = open_base(model, note=note)
+        return _open_model(base, adapter, dtype, mesh, note)
+    config = read_run_config(workdir)
+    if config["method"]["name"] == "full":
+        raise UserError(
+            "an adapter belongs to the model that it was trained on",
+            where="--adapter, --workdir",
+            got=f"{workdir} is a full fine-tune",
+            fix="export the run with --to=merged and pass that folder as --model",
         )
-    return _run_policy(workdir, config, base, decoder, dtype, mesh, weights, note)
+    return _open_model(_base_of_run(config, note), adapter, dtype, mesh, note)
 
 
 def read_run_config(workdir: str) -> dict[str, Any]:
@@ -249,16 +244,10 @@ def _base_of_run(config: dict[str, Any], note: Note) -> Base:
     )
 
 
-def _run_policy(
-    workdir: str,
-    config: dict[str, Any],
-    base: Base,
-    decoder: Decoder,
-    dtype: Any,
-    mesh: Mesh,
-    weights: str,
-    note: Note,
-) -> Policy:
+def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) -> Policy:
+    config = read_run_config(workdir)
+    base = _base_of_run(config, note)
+    decoder = Decoder(base.spec, dtype=dtype)
     folder = Path(workdir).expanduser() / "checkpoints"
     saved = Checkpoints(folder, report=note)
     step, which = _choose_step(saved, weights)
@@ -267,23 +256,25 @@ def _run_policy(
     plan = None
     if config["method"]["name"] == "lora":
         plan = plan_lora(find_sites(decoder), SimpleNamespace(**config["method"]))
-        shapes = jax.eval_shape(lambda: init_lora(plan, 0))
+        shapes = jax.eval_shape(partial(init_lora, plan, 0))
         like = _like(shapes, lora_axes(plan), mesh)
-        lora = saved.restore(step, {"trained": {"lora": like}}, partial=True)
+        trained = saved.restore(step, {"trained": {"lora": like}}, partial=True)
         params = load_base_params(base, dtype, mesh, note=note)
-        variables = {"params": params, **lora["trained"]}
+        variables = {"params": params, **trained["trained"]}
     else:
         like = _like(abstract_params(decoder), params_axes(decoder), mesh)
-        got = saved.restore(step, {"trained": {"params": like}}, partial=True)
-        params = jax.tree.map(lambda w: w.astype(dtype), got["trained"]["params"])
-        variables = {"params": params}
-    label = f"run {workdir}, step {step} ({which})"
+        trained = saved.restore(step, {"trained": {"params": like}}, partial=True)
+        variables = jax.tree.map(lambda w: w.astype(dtype), trained["trained"])
     chat = meta.get("chat")
-    if chat is None:
-        chat = _first_row_is_chat(config, base)
-    spec = base.spec
     return Policy(
-        base, decoder, variables, plan, label, spec.max_positions, step, bool(chat)
+        base,
+        decoder,
+        variables,
+        plan,
+        f"run {workdir}, step {step} ({which})",
+        base.spec.max_positions,
+        step,
+        _first_row_is_chat(config, base) if chat is None else bool(chat),
     )
 
 
@@ -314,26 +305,33 @@ def _choose_step(saved: Checkpoints, weights: str) -> tuple[int, str]:
     )
 
 
-def _with_adapter(
-    base: Base, decoder: Decoder, adapter: str, dtype: Any, mesh: Mesh, note: Note
-) -> tuple[PyTree, LoraPlan]:
+def _open_model(base: Base, adapter: str, dtype: Any, mesh: Mesh, note: Note) -> Policy:
+    """A base alone, or with an adapter from a folder."""
+    decoder = Decoder(base.spec, dtype=dtype)
+    positions = base.spec.max_positions
+    if not adapter:
+        variables = {"params": load_base_params(base, dtype, mesh, note=note)}
+        return Policy(base, decoder, variables, None, f"model {base.name}", positions)
     loaded = load_adapter(Path(adapter).expanduser(), find_sites(decoder))
-    if loaded.base_hash is None:
+    if not loaded.base_hash:
         made_for = loaded.base_name or "unknown"
         note(
             f"{adapter}: does not say which weights it was trained on (base model:"
             f" {made_for}); it is put on {base.name} unverified"
         )
     _check_hash(loaded.base_hash, base, adapter)
-    shardings = shard_tree(loaded.lora, lora_axes(loaded.plan), mesh)
-    lora = jax.device_put(loaded.lora, shardings)
+    lora = jax.device_put(
+        loaded.lora, shard_tree(loaded.lora, lora_axes(loaded.plan), mesh)
+    )
     params = load_base_params(base, dtype, mesh, note=note)
-    return {"params": params, "lora": lora}, loaded.plan
+    label = f"adapter {adapter} on {base.name}"
+    variables = {"params": params, "lora": lora}
+    return Policy(base, decoder, variables, loaded.plan, label, positions)
 
 
 def _check_hash(expected: str | None, base: Base, where: str) -> None:
     """Same shapes with other weights would be silent nonsense."""
-    if expected is None or base.weights is None:
+    if not expected or base.weights is None:
         return
     found = base_hash(base)
     if found != expected:

@@ -31,7 +31,7 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     Decay applies to matrices only: weights and LoRA's `a` and `b`, not to norms, biases
     or scales. Moments are float32, whatever the gradients are.
     """
-    adamw = optax.adamw(
+    tx = optax.adamw(
         make_schedule(config, steps),
         b1=config.b1,
         b2=config.b2,
@@ -39,9 +39,19 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decayed,
     )
-    if not config.clip_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    if config.clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+    return _with_promotion(tx)
+
+
+def _with_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Lets optax raise a float to an integer power, where JAX is told to be strict."""
+
+    def update(*args: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(*args)
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def decayed(trained: Any) -> Any:

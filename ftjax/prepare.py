@@ -4,11 +4,11 @@
 checked is what runs.
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -16,12 +16,11 @@ from jax.sharding import Mesh
 from ftjax.config import check_positions
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
-from ftjax.errors import UserError
 from ftjax.loading import Base, load_base_params
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
 from ftjax.methods.split import split
 from ftjax.models.decoder import Decoder
-from ftjax.models.proj import abstract_params, find_sites, params_axes
+from ftjax.models.proj import abstract_params, find_sites, init_params, params_axes
 from ftjax.sharding import shard_tree
 
 PyTree = Any
@@ -123,14 +122,9 @@ def load_variables(
 
 def random_params(model: Decoder, seed: int, mesh: Mesh) -> PyTree:
     """Fresh weights, each from N(0, 1 / inputs) (embeddings: N(0, 0.02^2))."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
     shardings = shard_tree(abstract_params(model), params_axes(model), mesh)
-
-    def init(key: jax.Array) -> PyTree:
-        made = model.init(key, tokens, tokens, tokens, method="logits")
-        return nn.unbox(made)["params"]
-
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    init = jax.jit(partial(init_params, model), out_shardings=shardings)
+    return init(jax.random.key(seed))
 
 
 def trainable_rows(shape: Shape) -> list[tuple[str, str, str, int, int, float]]:
@@ -146,12 +140,12 @@ def trainable_rows(shape: Shape) -> list[tuple[str, str, str, int, int, float]]:
         trained = sum(site.count for site in shape.plan.sites.values())
         for path, at in shape.plan.sites.items():
             layers = sum(rank > 0 for rank in at.ranks)
-            size = _size(at.site.inputs) * _size(at.site.outputs)
+            size = math.prod(at.site.inputs) * math.prod(at.site.outputs)
             ranks = sorted({rank for rank in at.ranks if rank})
             rows.append(
                 (
                     path[-1],
-                    f"{_size(at.site.inputs)} x {_size(at.site.outputs)}",
+                    f"{math.prod(at.site.inputs)} x {math.prod(at.site.outputs)}",
                     "/".join(map(str, ranks)),
                     layers,
                     at.count,
@@ -160,18 +154,3 @@ def trainable_rows(shape: Shape) -> list[tuple[str, str, str, int, int, float]]:
             )
     rows.append(("all", "", "", 0, trained, 100 * trained / total))
     return rows
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
-
-
-def require_trainable(trained: PyTree) -> None:
-    if not jax.tree.leaves(trained):
-        raise UserError("there is nothing to train", where="config.method")
-
-
-Apply = Callable[[PyTree, PyTree], Any]

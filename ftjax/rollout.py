@@ -6,7 +6,7 @@ length does not compile again.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -170,29 +170,30 @@ class Generator:
         ignore_eos: bool,
     ) -> "_Run":
         room = [self._room(prompt) for prompt in prompts]
-        limit = np.minimum(new, room).astype(np.int32)
+        limit = [min(new, most) for most in room]
         longest = max(len(prompt) for prompt in prompts)
         width = -(-longest // PROMPT_STEP) * PROMPT_STEP
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[width - len(prompt) :] = prompt
         eos = () if ignore_eos else self.eos_ids
+        vocab = self.spec.vocab_size
         rules = _Rules(
-            np.asarray([width - len(prompt) for prompt in prompts], np.int32),
-            limit,
-            np.asarray(eos or (NOTHING,), np.int32),
-            jax.random.key_data(jax.random.key(sampling.seed)),
-            np.float32(sampling.temperature),
-            np.int32(min(sampling.top_k or self.spec.vocab_size, self.spec.vocab_size)),
-            np.float32(sampling.top_p),
+            start_B=jnp.asarray([width - len(prompt) for prompt in prompts], jnp.int32),
+            limit_B=jnp.asarray(limit, jnp.int32),
+            eos_E=jnp.asarray(eos or (NOTHING,), jnp.int32),
+            key=jax.random.key_data(jax.random.key(sampling.seed)),
+            temperature=jnp.float32(sampling.temperature),
+            top_k=jnp.int32(min(sampling.top_k or vocab, vocab)),
+            top_p=jnp.float32(sampling.top_p),
         )
         static = _Static(
             self.spec,
             sampling.temperature == 0,
-            0 < sampling.top_k < self.spec.vocab_size,
+            0 < sampling.top_k < vocab,
             sampling.top_p < 1,
         )
-        most = -(-int(max(limit)) // NEW_STEP) * NEW_STEP
+        most = -(-max(limit) // NEW_STEP) * NEW_STEP
         fixed = (static, self._weights)
         state = _prefill(*fixed, rules, tokens, most, jnp.dtype(self.dtype).name)
         return _Run(fixed, rules, state)
@@ -281,7 +282,7 @@ def _decode(
             rules.start_B,
             state.cache,
         )
-        return _advance(static, rules, state.replace(cache=cache), logits)
+        return _advance(static, rules, replace(state, cache=cache), logits)
 
     return jax.lax.while_loop(more, body, state)
 

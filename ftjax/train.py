@@ -23,12 +23,12 @@ from ftjax.console import Progress, say
 from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
 from ftjax.evals.causal import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
-from ftjax.loading import base_hash, open_base
+from ftjax.loading import Base, base_hash, open_base
 from ftjax.losses.causal_lm import Sums, causal_lm
 from ftjax.metrics import MetricLog
 from ftjax.models.decoder import Decoder, hidden_and_head
 from ftjax.optim import make_optimizer, make_schedule
-from ftjax.prepare import Data, load_variables, prepare_data, prepare_shape
+from ftjax.prepare import Data, Shape, load_variables, prepare_data, prepare_shape
 from ftjax.report import write_report
 from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding, make_mesh, put_batch, replicated
@@ -95,42 +95,20 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         trained, frozen = load_variables(config, base, shape, mesh)
         tx = make_optimizer(config.optim, steps)
         state = on_mesh(init_state(trained, tx, config.seed), mesh)
-        meta: dict[str, Any] = {**identity, "tokens": 0, "best": None}
+        meta: dict[str, Any] = {**identity, "tokens": 0, "seconds": 0.0, "best": None}
         if first:
             meta = checkpoints.meta(first)
             state = checkpoints.restore(first, state)
             say(f"continuing after step {first}")
-
-        sum_batch = make_sum_batch(shape.model, config.loss.chunk)
         step_fn = compile_step(make_loss(shape.model, config.loss.chunk), tx, state)
         rate = make_schedule(config.optim, steps)
-        prompts = pick_prompts(data.eval or data.train, base.tokenizer, c.sample_rows)
-
-        def look(step: int, trained: PyTree, sample: bool) -> float | None:
-            """Samples and evaluates; the eval loss, if there is eval data."""
-            variables = {**frozen, **trained}
-            if sample and prompts:
-                generator = Generator(
-                    base.spec, variables, dtype=shape.dtype, eos_ids=base.eos_ids
-                )
-                texts = answer(generator, base.tokenizer, prompts, c.sample_tokens)
-                for prompt, text in zip(prompts, texts, strict=True):
-                    log.write_sample(step, prompt.text, text, prompt.reference)
-            if data.eval_loader is None:
-                return None
-            batches = data.eval_loader.epoch(c.batch_size // c.accumulate)
-            found = evaluate(sum_batch, variables, batches, batch_sharding(mesh))
-            log.write(step, "eval", **found)
-            progress.note(describe.evaluation(step, found))
-            return found["loss"]
+        look = make_look(config, base, shape, data, mesh)
 
         def due(step: int, every: int) -> bool:
             return step == steps or bool(every) and step % every == 0
 
         def pause(step: int) -> bool:
-            return (
-                due(step, c.eval_every) or due(step, c.save_every) or stop.requested
-            )
+            return due(step, c.eval_every) or due(step, c.save_every) or stop.requested
 
         log = MetricLog(
             folder.path,
@@ -141,46 +119,74 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         )
         with log, Progress(steps, start=first) as progress:
             if not first:
-                meta["best"] = look(0, state.trained, sample=True)
-            clock = Clock(steps - first)
+                meta["best"] = look(log, progress, 0, {**frozen, **state.trained}, True)
+            clock = Clock(steps - first, meta["seconds"])
             batches = micro_batches(data, config, first, steps)
             for step, values, now in run_steps(
                 step_fn, state, frozen, batches, mesh, pause
             ):
                 meta["tokens"] += int(values.pop("weight"))
                 speed = clock.tick(values.pop("row_tokens"))
-                log.write(
-                    step,
-                    "train",
-                    **values,
-                    lr=rate(step - 1),
-                    tokens=meta["tokens"],
-                    tokens_per_s=speed,
-                    time=clock.elapsed,
-                )
+                totals = {"tokens": meta["tokens"], "time": clock.elapsed}
+                values |= {"lr": rate(step - 1), "tokens_per_s": speed, **totals}
+                log.write(step, "train", **values)
                 if due(step, c.log_every):
                     progress.update(step, values["loss"], speed, clock.left)
                 if values["skipped"] >= c.max_skipped:
                     raise diverged(step, checkpoints, values)
                 if now is None:
                     continue
-                score, best = None, meta["best"]
+                state, score, better = now, None, False
                 if due(step, c.eval_every):
-                    score = look(step, now.trained, due(step, c.sample_every))
-                    if score is not None and (best is None or score < best):
-                        meta["best"] = score
-                kept = c.keep_best > 0 and meta["best"] != best
+                    variables = {**frozen, **state.trained}
+                    sample = due(step, c.sample_every)
+                    score = look(log, progress, step, variables, sample)
+                    better = score is not None and not score >= meta["best"]
+                    meta["best"] = score if better else meta["best"]
+                kept = better and c.keep_best > 0
                 if due(step, c.save_every) or kept or stop.requested:
-                    checkpoints.save(step, now, meta, score)
+                    meta["seconds"] = clock.elapsed
+                    checkpoints.save(step, state, meta, score)
                 if stop.requested and step < steps:
                     raise Stopped(
                         f"stopped: saved step {step} of {steps}; "
                         "the same command continues"
                     )
                 clock.restart()
-                state = now
         finish(folder, base, shape, state, meta)
         return describe.result(folder.path, steps)
+
+
+def make_look(
+    config: Any, base: Base, shape: Shape, data: Data, mesh: Mesh
+) -> Callable[..., float | None]:
+    """`look(log, progress, step, variables, sample)`: samples, evaluates, writes both.
+
+    Returns the eval loss, or None where there is no eval data.
+    """
+    c = config.train
+    sum_batch = make_sum_batch(shape.model, config.loss.chunk)
+    prompts = pick_prompts(data.eval or data.train, base.tokenizer, c.sample_rows)
+
+    def look(
+        log: MetricLog, progress: Progress, step: int, variables: PyTree, sample: bool
+    ) -> float | None:
+        if sample and prompts:
+            generator = Generator(
+                base.spec, variables, dtype=shape.dtype, eos_ids=base.eos_ids
+            )
+            texts = answer(generator, base.tokenizer, prompts, c.sample_tokens)
+            for prompt, text in zip(prompts, texts, strict=True):
+                log.write_sample(step, prompt.text, text, prompt.reference)
+        if data.eval_loader is None:
+            return None
+        batches = data.eval_loader.epoch(c.batch_size // c.accumulate)
+        found = evaluate(sum_batch, variables, batches, batch_sharding(mesh))
+        log.write(step, "eval", **found)
+        progress.note(describe.evaluation(step, found))
+        return found["loss"]
+
+    return look
 
 
 def make_loss(model: Decoder, chunk: int) -> Loss:
@@ -235,32 +241,32 @@ def run_steps(
     """
     step = int(state.step)
     sharding = batch_sharding(mesh, leading=1)
-    waiting: tuple[int, dict[str, Any], None] | None = None
+    waiting: dict[str, Any] | None = None
     for batch in batches:
         row_tokens = int((batch["segments"] > 0).sum())
         state, metrics = step_fn(state, frozen, put_batch(batch, sharding))
-        step += 1
         if waiting:
-            yield _read(waiting)
-        waiting = (step, {**metrics, "row_tokens": row_tokens}, None)
+            yield step, to_host(waiting), None
+        step += 1
+        waiting = {**metrics, "row_tokens": row_tokens}
         if pause(step):
-            yield (*_read(waiting)[:2], state)
+            yield step, to_host(waiting), state
             waiting = None
 
 
-def _read(item: tuple[int, dict[str, Any], None]) -> tuple[int, dict[str, Any], None]:
-    step, metrics, nothing = item
-    values = {name: value for name, value in jax.device_get(metrics).items()}
-    return step, {n: v.item() if hasattr(v, "item") else v for n, v in values.items()}, nothing
+def to_host(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Scalars as Python numbers; waits for them."""
+    return {name: np.asarray(value).item() for name, value in metrics.items()}
 
 
 class Clock:
     """Speed and time left, from the steps alone: not compiling, evaluating, saving."""
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, before: float = 0.0):
+        """`steps` are to come; `before` seconds were spent before a resume."""
         self.steps, self.done, self.spent = steps, 0, 0.0
-        self.began = self.last = time.monotonic()
-        self.compiled = False
+        self.last = time.monotonic()
+        self.began = self.last - before
 
     def tick(self, tokens: int) -> float:
         """Tokens per second of the step that has just ended."""
@@ -272,6 +278,7 @@ class Clock:
         return tokens / took
 
     def restart(self) -> None:
+        """Begins the next step's time now."""
         self.last = time.monotonic()
 
     @property
@@ -280,6 +287,7 @@ class Clock:
 
     @property
     def left(self) -> float | None:
+        """Seconds that the remaining steps will take; None until one was timed."""
         if self.done < 2:
             return None
         return (self.steps - self.done) * self.spent / (self.done - 1)
@@ -315,7 +323,9 @@ def diverged(step: int, checkpoints: Checkpoints, values: dict[str, Any]) -> Use
     )
 
 
-def finish(folder: Workdir, base: Any, shape: Any, state: TrainState, meta: Any) -> None:
+def finish(
+    folder: Workdir, base: Base, shape: Shape, state: TrainState, meta: dict[str, Any]
+) -> None:
     """Leaves the adapter and the report."""
     if shape.plan is not None:
         save_adapter(

@@ -235,6 +235,8 @@ def load_params(
         for row, name in zip(rows, weight.names, strict=True):
             _fill(row, weight, weights.tensors[name], name, note)
         leaf = jax.device_put(host) if put is None else put(path, host)
+        # Transfers run behind our back: wait, or the host copies pile up.
+        jax.block_until_ready(leaf)
         del host, rows, row
         node = tree
         for key in path[:-1]:

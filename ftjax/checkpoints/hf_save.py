@@ -48,7 +48,8 @@ def save_params(
     if len(shards) == 1:
         write_tensors(folder / SINGLE, shards[0], target)
     else:
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for i, shard in enumerate(shards, 1):
             name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             write_tensors(folder / name, shard, target)

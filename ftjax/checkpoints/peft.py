@@ -1,8 +1,8 @@
 """LoRA adapters in PEFT's files: `adapter_config.json`, `adapter_model.safetensors`.
 
 A layer's `a` [*inputs, r] is PEFT's `lora_A.weight` [r, in], transposed, and its `b`
-[r, *outputs] is `lora_B.weight` [out, r]. PEFT ignores names that it does not expect and
-then runs with B = 0; here every key is accounted for, on the way out and in.
+[r, *outputs] is `lora_B.weight` [out, r]. PEFT ignores names that it does not expect
+and then runs with B = 0; here every key is accounted for, on the way out and in.
 """
 
 import json
@@ -18,39 +18,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.checkpoints.jsonfile import inside, read_json
+from ftjax.checkpoints.jsonfile import inside
+from ftjax.checkpoints.peft_config import (
+    CONFIG,
+    lookup,
+    read_config,
+    refuse,
+    targeted,
+)
 from ftjax.checkpoints.tensors import FLOATS, Tensor, read_header
 from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan, SitePlan, put, site_names
 from ftjax.models.proj import Path, Site
 from ftjax.weights import Delta
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HASH_KEY = "ftjax_base_hash"
 _PICKLE = "adapter_model.bin"
 _KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 
-# Keys that change what an adapter computes -> the values that mean 'off'.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (),
-    "arrow_config": (),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "kasa_config": (),
-    "layer_replication": ([],),
-    "lora_bias": (False,),
-    "modules_to_save": ([],),
-    "monteclora_config": (),
-    "target_parameters": ([],),
-    "trainable_token_indices": ([], {}),
-    "use_bdlora": (False,),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "velora_config": (),
+
+# What every adapter of ours says beside its plan.
+FIXED: dict[str, Any] = {
+    "auto_mapping": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "revision": None,
+    "task_type": "CAUSAL_LM",
+    "use_dora": False,
 }
-# Starts that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, ...) change it.
-PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "true", "True")
 
 
 @dataclass(frozen=True)
@@ -138,26 +141,14 @@ def adapter_config(plan: LoraPlan, base_name: str) -> dict[str, Any]:
             patterns[which].update(
                 {n: _number(v) for n, v in values.items() if v != usual}
             )
-    return {
+    return FIXED | {
         "alpha_pattern": patterns[1],
-        "auto_mapping": None,
         "base_model_name_or_path": base_name,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
         "lora_alpha": _number(alpha),
         "lora_dropout": plan.dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
         "r": rank,
         "rank_pattern": patterns[0],
-        "revision": None,
         "target_modules": sorted(targets),
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
         "use_rslora": any(at.rslora for at in plan.sites.values()),
     }
 
@@ -173,7 +164,7 @@ def load_adapter(folder: FilePath, sites: Mapping[Path, Site]) -> Adapter:
       UserError: naming the file, the config key or the tensor, for whatever is missing,
         left over, of another shape, or not computed by ftjax.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     where = folder / CONFIG
     tensors = _read_tensors(folder)
     layers = {
@@ -185,17 +176,17 @@ def load_adapter(folder: FilePath, sites: Mapping[Path, Site]) -> Adapter:
     pairs = _pair(tensors, layers, folder)
     _check_targets(config, pairs, layers, where)
     ranks = {
-        name: _lookup(config["rank_pattern"], name, config["r"], where)
-        for name in pairs
+        name: lookup(config["rank_pattern"], name, config["r"], where) for name in pairs
     }
     alphas = {
-        name: _lookup(config["alpha_pattern"], name, config["lora_alpha"], where)
+        name: lookup(config["alpha_pattern"], name, config["lora_alpha"], where)
         for name in pairs
     }
     for name, pair in pairs.items():
         _check_shapes(name, pair, layers[name], ranks[name])
     rslora, dropout = bool(config["use_rslora"]), float(config["lora_dropout"])
-    plans, tree = {}, {}
+    plans: dict[Path, SitePlan] = {}
+    tree: dict[str, Any] = {}
     for path, site in sites.items():
         names = site_names(site)
         if not any(name in pairs for name in names):
@@ -220,67 +211,6 @@ def is_zero(lora: Any) -> bool:
     """Whether every `b` is zero, so that the adapter changes nothing."""
     deltas = jax.tree.leaves(lora, is_leaf=lambda leaf: isinstance(leaf, Delta))
     return not any(bool(jnp.any(delta.b != 0)) for delta in deltas)
-
-
-def _read_config(folder: FilePath) -> dict[str, Any]:
-    if not folder.is_dir() or not (folder / CONFIG).is_file():
-        raise UserError(
-            "this is not the folder of an adapter",
-            where=folder,
-            expected=f"{CONFIG} and {TENSORS}",
-            got="no such folder" if not folder.is_dir() else f"no {CONFIG}",
-            fix="pass the folder that PEFT's save_pretrained or ftjax.export wrote",
-        )
-    where = folder / CONFIG
-    config = read_json(inside(folder, CONFIG, named_by=str(folder)))
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise _refuse(where, "peft_type", kind, "LORA")
-    for key, off in UNSUPPORTED.items():
-        value = config.get(key)
-        if value is not None and value not in off:
-            raise _refuse(where, key, value, " or ".join(map(repr, (None, *off))))
-    start = config.get("init_lora_weights", True)
-    if start is not None and start not in PLAIN_STARTS:
-        raise UserError(
-            "this adapter changed its base when it was initialised",
-            where=f"{where}: init_lora_weights",
-            expected="true, 'gaussian' or another start that leaves the base alone",
-            got=repr(start),
-            fix="convert it with PEFT first (save_pretrained with "
-            "path_initial_model_for_weight_conversion)",
-        )
-    defaults = {
-        "r": 8,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    for key, usual in defaults.items():
-        value = config.get(key)
-        value = usual if value is None else value
-        number = isinstance(usual, (int, float)) and not isinstance(usual, bool)
-        good = (
-            isinstance(value, (int, float)) and not isinstance(value, bool)
-            if number
-            else isinstance(value, type(usual))
-        )
-        if not good or (key in ("r", "lora_alpha") and value <= 0):
-            raise _refuse(where, key, value, f"such as {usual!r}")
-        config[key] = value
-    return config
-
-
-def _refuse(where: FilePath, key: str, value: Any, expected: str) -> UserError:
-    return UserError(
-        "this kind of adapter is not supported",
-        where=f"{where}: {key}",
-        expected=expected,
-        got=repr(value)[:200],
-        fix="merge it into its base with PEFT and pass the merged model",
-    )
 
 
 def _read_tensors(folder: FilePath) -> dict[str, Tensor]:
@@ -350,14 +280,14 @@ def _check_targets(
     """What the configuration targets must be what the tensors are for, as in PEFT."""
     targets = config.get("target_modules")
     if targets is None:
-        raise _refuse(where, "target_modules", None, "a list of module names")
+        raise refuse(where, "target_modules", None, "a list of module names")
     kept = config.get("layers_to_transform")
     kept = [kept] if isinstance(kept, int) else kept
     wanted = {
         name
         for name in layers
-        if _targeted(targets, name, where)
-        and not _targeted(config.get("exclude_modules") or [], name, where)
+        if targeted(targets, name, where)
+        and not targeted(config.get("exclude_modules") or [], name, where)
         and (not kept or int(name.split(".")[2]) in kept)
     }
     lost, extra = wanted - pairs.keys(), pairs.keys() - wanted
@@ -371,35 +301,6 @@ def _check_targets(
             + (f" and {len(names) - 1} more" if names[1:] else ""),
             fix="save the adapter again, or pass the model that it was trained on",
         )
-
-
-def _targeted(targets: Any, name: str, where: FilePath) -> bool:
-    if targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        return _matches(targets, name, where)
-    return any(name == t or name.endswith(f".{t}") for t in targets)
-
-
-def _lookup(pattern: Mapping[str, Any], name: str, usual: Any, where: FilePath) -> Any:
-    """The value of the first key that matches the end of the name, as in PEFT."""
-    for key, value in pattern.items():
-        if _matches(rf"(.*\.)?({key})", name, where):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise _refuse(where, key, value, "a number")
-            return value
-    return usual
-
-
-def _matches(pattern: str, name: str, where: FilePath) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UserError(
-            "a pattern is no regular expression",
-            where=where,
-            got=f"{pattern!r}: {error}",
-        ) from error
 
 
 def _check_shapes(name: str, pair: dict[str, Tensor], site: Site, rank: int) -> None:

@@ -140,8 +140,9 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> Tensor:
 
     if not isinstance(entry, dict):
         raise bad("{dtype, shape, data_offsets}", entry)
-    dtype, shape = entry.get("dtype"), entry.get("shape")
-    offsets = entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise bad("a dtype of the safetensors format", dtype)
     if not _whole_numbers(shape) or len(shape) > 8:

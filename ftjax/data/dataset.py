@@ -17,6 +17,7 @@ from ftjax.errors import UserError
 
 CHUNK = 1024  # rows that are rendered and encoded together
 DROPPED_SHARE = 0.05  # more rows without room for an answer are worth a warning
+IDENTICAL_SHARE = 0.05  # and so are more pairs that are no pairs
 
 
 @dataclass
@@ -72,12 +73,7 @@ def build_dataset(
     )
     report = DataReport(source, split, data_config.max_length)
     notes = enc.Notes()
-    rules = enc.Rules(
-        max_length=data_config.max_length,
-        overlong=data_config.overlong,
-        completion_only=data_config.completion_only,
-        empty_completion=data_config.empty_completion,
-    )
+    rules = _rules(data_config)
     skip = data_config.on_bad_row == "skip"
     rows: Iterable[Row] = reader
     if split == "eval" and data_config.eval_rows:
@@ -88,6 +84,7 @@ def build_dataset(
         outcomes = enc.encode_all(chunk, tokenizer, rules, notes)
         _collect(outcomes, examples, report, skip)
     _take_over(reader, report)
+    _check_pairs(report, source)
     report.kept = len(examples)
     if not examples:
         raise _nothing_left(report, source)
@@ -95,6 +92,15 @@ def build_dataset(
     hashes = _account(examples, report)
     _warn(report, notes, tokenizer, examples[0])
     return Dataset(examples, report, hashes)
+
+
+def _rules(data_config: Any) -> enc.Rules:
+    return enc.Rules(
+        max_length=data_config.max_length,
+        overlong=data_config.overlong,
+        completion_only=data_config.completion_only,
+        empty_completion=data_config.empty_completion,
+    )
 
 
 def note_overlap(train: Dataset, held_out: Dataset) -> int:
@@ -131,6 +137,8 @@ def _samples(
             report.skip(error.what, str(error.where))
             continue
         report.schemas.setdefault(found.schema, Tally()).add(row.where)
+        if found.identical:
+            report.identical.add(row.where)
         for column in found.ignored:
             report.ignored.setdefault(column, Tally()).add(row.where)
         yield found.sample
@@ -163,6 +171,25 @@ def _take_over(reader: RowReader, report: DataReport) -> None:
         report.warnings.append(
             f"{len(reader.duplicate_keys):,} rows have a key twice (the last counts), "
             f"first `{key}` at {where}"
+        )
+
+
+def _check_pairs(report: DataReport, source: str) -> None:
+    """Pairs of which both sides are the same are worth a word, or no pairs at all."""
+    same, rows = report.identical, report.read - report.skipped_rows
+    if rows and same.count == rows:
+        raise UserError(
+            "every row has the same `text` and `rejected_text`: the pairs carry no "
+            "preference",
+            where=source,
+            got=f"identical: {same}",
+            fix="make the pairs again; or delete the column `rejected_text`, to train on "
+            "`text` alone",
+        )
+    if same.count > IDENTICAL_SHARE * rows:
+        report.warnings.append(
+            f"{same.count / rows:.0%} of the rows have the same `text` and "
+            "`rejected_text`, which is no preference"
         )
 
 

@@ -39,6 +39,7 @@ class DataReport:
       dropped: by reason; skipped: bad rows by reason, with on_bad_row=skip.
       schemas: rows by schema, with the first place of each.
       ignored: columns that were not used, with the rows that have them.
+      identical: pairs whose accepted and rejected text are the same.
       lengths: tokens of each kept example; tokens, trained: their sums.
       rows: (rows an epoch, slots a row, share of slots filled), once a loader exists.
       warnings: sentences for the reader.
@@ -55,6 +56,7 @@ class DataReport:
     skipped: dict[str, Tally] = field(default_factory=dict)
     schemas: dict[str, Tally] = field(default_factory=dict)
     ignored: dict[str, Tally] = field(default_factory=dict)
+    identical: Tally = field(default_factory=Tally)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tokens: int = 0
     trained: int = 0
@@ -114,6 +116,8 @@ class DataReport:
             rows.append((f"  cut at {self.max_length:,} tokens", f"{self.truncated:,}"))
         if self.duplicates:
             rows.append(("  seen before", f"{self.duplicates:,} (kept)"))
+        if self.identical.count:
+            rows.append(("  accepted = rejected", str(self.identical)))
         if self.ignored:
             names = ", ".join(clip(name, 40) for name in self.ignored)
             rows.append(("columns not used", names))

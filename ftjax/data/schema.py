@@ -71,11 +71,15 @@ Sample = TextRow | PromptCompletion | Conversation | TokenRow
 
 @dataclass(frozen=True)
 class Normalised:
-    """A sample, the schema that it was read by, and the columns that were not used."""
+    """A sample, the schema that it was read by, and the columns that were not used.
+
+    `identical`: the row is a pair whose accepted and rejected text are the same.
+    """
 
     sample: Sample
     schema: str
     ignored: tuple[str, ...]
+    identical: bool = False
 
 
 def normalise(row: Row, has_template: bool = True) -> Normalised:
@@ -108,7 +112,9 @@ def normalise(row: Row, has_template: bool = True) -> Normalised:
     else:
         sample = TextRow(_text(values, "text", row.where), row.where)
     used = (*SCHEMAS.get(schema, ("text",)), *OPTIONAL.get(schema, ()))
-    return Normalised(sample, schema, tuple(k for k in values if k not in used))
+    identical = schema == "AutoTrain" and values["text"] == values.get("rejected_text")
+    ignored = tuple(k for k in values if k not in used)
+    return Normalised(sample, schema, ignored, identical)
 
 
 def _schema(values: dict[str, Any], where: str) -> str:

@@ -1,9 +1,9 @@
 """The decoder with a key-value cache, for generation.
 
 Training scans over stacked layers, which keeps compilation short. A scan inside the
-loop over tokens would copy each layer's weights and cache slices at every token, so here
-the layers are taken apart once, before the loop, and unrolled. The blocks and all of
-their maths are those of `decoder`.
+loop over tokens would copy each layer's weights and cache slices at every token, so
+here the layers are taken apart once, before the loop, and unrolled. The blocks and all
+of their maths are those of `decoder`.
 """
 
 from typing import Any

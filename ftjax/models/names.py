@@ -65,7 +65,9 @@ def model_weights(spec: ModelSpec) -> dict[Path, Weight]:
         path = ("layers", *module.split("."), leaf)
         found[path] = Weight(name, shape, inputs, spec.n_layers)
 
-    def proj(module: str, ins: tuple[int, ...], outs: tuple[int, ...], bias: bool):
+    def proj(
+        module: str, ins: tuple[int, ...], outs: tuple[int, ...], bias: bool
+    ) -> None:
         layer(module, "w", ins + outs, len(ins))
         if bias:
             layer(module, "b", outs)

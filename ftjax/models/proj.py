@@ -5,6 +5,7 @@ merging, sharding, export) is a loop over `find_sites(model)` and knows no model
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -123,12 +124,17 @@ def params_axes(model: nn.Module) -> Any:
     )
 
 
+def init_params(model: nn.Module, key: Array) -> Any:
+    """Fresh weights, without their logical axes."""
+    return nn.unbox(_init(model, key))
+
+
 def boxed_params(model: nn.Module) -> Any:
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    """The shapes of a model's `params`, each boxed with its logical axes."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = jax.eval_shape(
-        lambda key, tokens: model.init(key, tokens, tokens, tokens, method="logits"),
-        key,
-        tokens,
-    )
-    return shapes["params"]
+    return jax.eval_shape(partial(_init, model), key)
+
+
+def _init(model: nn.Module, key: Array) -> Any:
+    token = jnp.zeros((1, 1), jnp.int32)
+    return model.init(key, token, token, token, method="logits")["params"]

@@ -64,6 +64,7 @@ def test_defaults_are_those_of_each_model_type() -> None:
         ("llama", {"attention_bias": True}, "o_bias", True),
         ("llama", {"mlp_bias": True}, "mlp_bias", True),
         ("qwen2", {}, "qkv_bias", True),
+        ("qwen2", {"attention_bias": False}, "qkv_bias", True),
         ("qwen2", {}, "o_bias", False),
         ("qwen3", {"attention_bias": True}, "o_bias", True),
         ("mistral", {"sliding_window": None}, "windows", ()),
@@ -183,7 +184,6 @@ def test_rotary_settings(keys: dict[str, Any], rope: Rope) -> None:
         ("qwen3", {"layer_types": ["sliding_attention"] * 4}, ["layer_types"]),
         ("mistral", {"layer_types": ["full_attention"] * 4}, ["layer_types"]),
         ("mistral", {"attention_bias": True}, ["attention_bias", "True"]),
-        ("qwen2", {"attention_bias": False}, ["attention_bias"]),
         ("qwen2", {"mlp_bias": True}, ["mlp_bias"]),
         ("llama", {"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "'yes'"]),
         ("llama", {"num_key_value_heads": 3}, ["num_key_value_heads", "divisor of 32"]),
@@ -242,7 +242,7 @@ def test_code_of_an_unsupported_model_is_never_run() -> None:
 
 
 def test_remarks(capsys: pytest.CaptureFixture[str]) -> None:
-    read(auto_map={"AutoModel": "x.X"}, strange=1, other=2, pretraining_tp=2, use_mrope=0,
+    read(auto_map={"AutoModel": "x.X"}, strange=1, other=2, pretraining_tp=2,
          nothing=None, attention_dropout=0.1)  # fmt: skip
     captured = capsys.readouterr()
     assert not captured.out

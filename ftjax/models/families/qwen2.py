@@ -9,9 +9,11 @@ ARCHITECTURE = "Qwen2ForCausalLM"
 
 
 def spec(config: ConfigReader) -> ModelSpec:
-    """The bias is part of the architecture, so `attention_bias` can only confirm it."""
-    if not config.flag("attention_bias", True):
-        config.refuse("attention_bias", "true: q, k and v of Qwen2 have a bias")
+    """The bias is part of the architecture: `attention_bias` is read, and ignored.
+
+    (As in transformers. If the bias were missing, the check of the tensors would tell.)
+    """
+    config.flag("attention_bias", True)
     return dense_spec(
         config,
         MODEL_TYPE,

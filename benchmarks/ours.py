@@ -1,0 +1,116 @@
+"""ftjax's rows: the same functions that `ftjax.train` and `ftjax.generate` call."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.turns import Request, Step, note_baseline, serve
+
+
+def build(request: Request) -> tuple[Step, dict[str, str]]:
+    from ftjax import runtime
+
+    runtime.prepare()
+    import flax
+    import jax
+
+    import ftjax.rollout
+    import ftjax.train  # noqa: F401
+
+    versions = {"jax": jax.__version__, "flax": flax.__version__}
+    note_baseline()
+    make = _generate if request.task == "generate" else _train
+    return make(request), versions
+
+
+def _load(request: Request, mesh: Any) -> tuple[Any, Any]:
+    from ftjax.checkpoints.hf import open_weights, read_config
+    from ftjax.loading import Base, load_base_params
+    from ftjax.models.registry import spec_from_config
+
+    folder = Path(request.checkpoint)
+    config = read_config(folder)
+    spec = spec_from_config(config, str(folder))
+    weights = open_weights(folder, spec)
+    tokenizer: Any = None  # the rows are token ids already
+    base = Base(folder, folder.name, config, spec, tokenizer, (), weights)
+    return spec, load_base_params(base, np.float32, mesh)
+
+
+def _train(request: Request) -> Step:
+    import jax
+
+    from configs import sft
+    from ftjax.methods.lora import init_lora, plan_lora
+    from ftjax.methods.split import split
+    from ftjax.models.decoder import Decoder
+    from ftjax.models.proj import find_sites
+    from ftjax.optim import make_optimizer
+    from ftjax.sharding import batch_sharding, make_mesh, put_batch
+    from ftjax.step import init_state
+    from ftjax.train import compile_step, make_loss, on_mesh
+
+    config = sft.get_config(f"method={request.task}")
+    config.optim.lr = request.learning_rate
+    config.optim.schedule, config.optim.warmup = "constant", 0
+    config.optim.clip_norm = 0.0  # nobody clips here
+    mesh = make_mesh()
+    spec, params = _load(request, mesh)
+    model = Decoder(spec, dtype=np.float32, mesh=mesh)
+    lora = None
+    if request.task == "lora":
+        config.method.rank, config.method.alpha = request.rank, request.alpha
+        lora = init_lora(plan_lora(find_sites(model), config.method), config.seed)
+    trained, frozen = split(request.task, params, lora)
+    del params
+    tx = make_optimizer(config.optim, steps=1000)
+    state = on_mesh(init_state(trained, tx, config.seed), mesh)
+    del trained
+    step_fn = compile_step(make_loss(model, config.loss.chunk), tx, state)
+    sharding = batch_sharding(mesh, leading=1)
+
+    def step(index: int) -> float:
+        nonlocal state
+        batch = put_batch(_batch(request.tokens(index)), sharding)
+        state, metrics = step_fn(state, frozen, batch)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    return step
+
+
+def _batch(rows: list[list[int]]) -> dict[str, np.ndarray]:
+    """A batch as the loader makes it: one document per row, every token trained on."""
+    tokens = np.asarray([rows], np.int32)
+    targets, weights = np.zeros_like(tokens), np.ones(tokens.shape, np.float32)
+    targets[..., :-1], weights[..., -1] = tokens[..., 1:], 0
+    positions = np.broadcast_to(np.arange(tokens.shape[2], dtype=np.int32), tokens.shape)
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "weights": weights,
+        "segments": np.ones_like(tokens),
+        "positions": np.ascontiguousarray(positions),
+    }
+
+
+def _generate(request: Request) -> Step:
+    from ftjax.rollout import Generator
+    from ftjax.sharding import make_mesh
+
+    spec, params = _load(request, make_mesh())
+    generator = Generator(spec, {"params": params})
+    del params
+
+    def step(index: int) -> list[int]:
+        prompts = request.tokens(index)
+        done = generator.generate(prompts, request.new_tokens, ignore_eos=True)
+        assert all(len(one.tokens) == request.new_tokens for one in done)
+        return done[0].tokens
+
+    return step
+
+
+if __name__ == "__main__":
+    serve(build)

@@ -1,0 +1,122 @@
+"""Reads PEFT's `adapter_config.json`: computed as it says, or refused by name."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ftjax.checkpoints.jsonfile import inside, read_json
+from ftjax.errors import UserError
+
+CONFIG = "adapter_config.json"
+
+# Keys that change what an adapter computes -> the values that mean 'off'.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (),
+    "arrow_config": (),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "kasa_config": (),
+    "layer_replication": ([],),
+    "lora_bias": (False,),
+    "modules_to_save": ([],),
+    "monteclora_config": (),
+    "target_parameters": ([],),
+    "trainable_token_indices": ([], {}),
+    "use_bdlora": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "velora_config": (),
+}
+# Starts that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, ...) change it.
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "true", "True")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir() or not (folder / CONFIG).is_file():
+        raise UserError(
+            "this is not the folder of an adapter",
+            where=folder,
+            expected=f"{CONFIG} and adapter_model.safetensors",
+            got="no such folder" if not folder.is_dir() else f"no {CONFIG}",
+            fix="pass the folder that PEFT's save_pretrained or ftjax.export wrote",
+        )
+    where = folder / CONFIG
+    config = read_json(inside(folder, CONFIG, named_by=str(folder)))
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise refuse(where, "peft_type", kind, "LORA")
+    for key, off in UNSUPPORTED.items():
+        value = config.get(key)
+        if value is not None and value not in off:
+            raise refuse(where, key, value, " or ".join(map(repr, (None, *off))))
+    start = config.get("init_lora_weights", True)
+    if start is not None and start not in PLAIN_STARTS:
+        raise UserError(
+            "this adapter changed its base when it was initialised",
+            where=f"{where}: init_lora_weights",
+            expected="true, 'gaussian' or another start that leaves the base alone",
+            got=repr(start),
+            fix="convert it with PEFT first (save_pretrained with "
+            "path_initial_model_for_weight_conversion)",
+        )
+    defaults: dict[str, Any] = {
+        "r": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    for key, usual in defaults.items():
+        value = config.get(key)
+        value = usual if value is None else value
+        number = isinstance(usual, (int, float)) and not isinstance(usual, bool)
+        good = (
+            isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number
+            else isinstance(value, type(usual))
+        )
+        if not good or (key in ("r", "lora_alpha") and value <= 0):
+            raise refuse(where, key, value, f"such as {usual!r}")
+        config[key] = value
+    return config
+
+
+def refuse(where: Path, key: str, value: Any, expected: str) -> UserError:
+    return UserError(
+        "this kind of adapter is not supported",
+        where=f"{where}: {key}",
+        expected=expected,
+        got=repr(value)[:200],
+        fix="merge it into its base with PEFT and pass the merged model",
+    )
+
+
+def targeted(targets: Any, name: str, where: Path) -> bool:
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return _matches(targets, name, where)
+    return any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def lookup(pattern: Mapping[str, Any], name: str, usual: Any, where: Path) -> Any:
+    """The value of the first key that matches the end of the name, as in PEFT."""
+    for key, value in pattern.items():
+        if _matches(rf"(.*\.)?({key})", name, where):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise refuse(where, key, value, "a number")
+            return value
+    return usual
+
+
+def _matches(pattern: str, name: str, where: Path) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UserError(
+            "a pattern is no regular expression",
+            where=where,
+            got=f"{pattern!r}: {error}",
+        ) from error

@@ -1,0 +1,112 @@
+"""Evaluates a model, a run or an adapter on a file: loss, perplexity, accuracy.
+
+    python -m ftjax.evaluate --model=DIR --data=FILE [--json]
+
+In float32. The loss is per trained token: of plain text every token after the first, of
+prompts and conversations the answers (--nocompletion_only: everything).
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+from absl import flags
+
+from ftjax import cli
+from ftjax.console import say
+from ftjax.data.dataset import Dataset, build_dataset
+from ftjax.data.loader import Loader, row_length
+from ftjax.errors import UserError
+from ftjax.evals.causal import evaluate, make_sum_batch
+from ftjax.loading import Base, open_policy
+from ftjax.sharding import batch_sharding, make_mesh
+
+CHUNK = 64  # positions per row that the head handles at a time
+LONGEST = 2048  # tokens per row where neither the model nor the user sets less
+
+
+def define(args: flags.FlagValues) -> None:
+    cli.define_source(args)
+    integer = flags.DEFINE_integer
+    flags.DEFINE_string("data", "", "a file, pydoc:..., a name", flag_values=args)
+    flags.DEFINE_string("split", "test", "of a `datasets` name", flag_values=args)
+    integer("max_length", 0, "tokens per row; 0: all", lower_bound=0, flag_values=args)
+    integer("batch_size", 8, "rows at a time", lower_bound=1, flag_values=args)
+    flags.DEFINE_bool("completion_only", True, "not the prompts", flag_values=args)
+    flags.DEFINE_enum(
+        "overlong",
+        "truncate",
+        ["truncate", "drop", "error"],
+        "what becomes of rows longer than max_length",
+        flag_values=args,
+    )
+
+
+def main(args: flags.FlagValues) -> dict[str, Any]:
+    if not args.data:
+        raise UserError("there is nothing to evaluate on", fix="--data=FILE")
+    mesh = make_mesh()
+    policy = open_policy(
+        model=args.model,
+        workdir=args.workdir,
+        adapter=args.adapter,
+        dtype=jnp.float32,
+        mesh=mesh,
+        weights=args.weights,
+    )
+    dataset = _dataset(args, policy.base)
+    say(dataset.report.text())
+    longest = _max_length(args, policy.base)
+    length = row_length(dataset, max_length=longest, packing=False)
+    loader = Loader(dataset, length=length, packing=True, seed=0, shuffle=False)
+    rows = -(-min(args.batch_size, loader.rows_per_epoch) // mesh.size) * mesh.size
+    found = evaluate(
+        make_sum_batch(policy.model, CHUNK),
+        policy.variables,
+        loader.epoch(rows),
+        batch_sharding(mesh),
+    )
+    say(
+        f"\n{policy.label}\nloss {found['loss']:.5f}, perplexity"
+        f" {found['perplexity']:.3f}, {found['token_accuracy']:.2%} of"
+        f" {found['tokens']:,} tokens right"
+    )
+    report = dataset.report
+    counts = {"rows": report.kept, "truncated": report.truncated}
+    return {**found, **counts, "dropped": report.dropped_rows, "model": policy.label}
+
+
+def _dataset(args: flags.FlagValues, base: Base) -> Dataset:
+    rules = SimpleNamespace(
+        max_length=_max_length(args, base),
+        overlong=args.overlong,
+        completion_only=args.completion_only,
+        empty_completion="drop",
+        on_bad_row="error",
+        split=args.split,
+        eval_rows=0,
+    )
+    return build_dataset(
+        args.data,
+        base.tokenizer,
+        rules,
+        vocab_size=base.spec.vocab_size,
+        split="eval",
+    )
+
+
+def _max_length(args: flags.FlagValues, base: Base) -> int:
+    """How many tokens of a row are looked at."""
+    most = base.spec.max_positions
+    if args.max_length > most:
+        raise UserError(
+            "rows would be longer than the model's context",
+            where="--max_length",
+            expected=f"at most {most}",
+            got=str(args.max_length),
+        )
+    return args.max_length or min(most, LONGEST)
+
+
+if __name__ == "__main__":
+    cli.entry(main, define)

@@ -1,0 +1,84 @@
+"""The memory that a run will take, from shapes alone: nothing is read or compiled.
+
+Weights, gradients and moments are exact; activations are an upper estimate of what the
+backward pass keeps, by remat policy. Sizes are bytes per device.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ftjax.methods.lora import init_lora, lora_axes
+from ftjax.models.proj import abstract_params, params_axes
+from ftjax.models.spec import ModelSpec
+from ftjax.prepare import Shape
+from ftjax.sharding import shard_tree
+
+MOMENTS = 2  # of AdamW, float32 each
+
+
+def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, int]:
+    """Bytes per device of each part of a training step, and their `total`.
+
+    Args:
+      config: of the run.
+      shape: the model and its method.
+      length: T, tokens per row.
+      mesh: the devices.
+    """
+    params = abstract_params(shape.model)
+    axes = params_axes(shape.model)
+    full = shape.plan is None
+    if shape.plan is None:
+        trained, trained_axes = params, axes
+    else:
+        plan = shape.plan
+        trained = jax.eval_shape(lambda: init_lora(plan, 0))
+        trained_axes = lora_axes(plan)
+    masters = _bytes(trained, trained_axes, mesh, 4)
+    rows = config.train.batch_size // config.train.accumulate
+    tokens = math.ceil(rows / mesh.size) * length
+    item = jnp.dtype(shape.dtype).itemsize
+    frozen = 0 if full else _bytes(params, axes, mesh, shape.param_dtype.itemsize)
+    sizes = {
+        "frozen weights": frozen,
+        "trained weights": masters,
+        "gradients": masters * (2 if config.train.accumulate > 1 else 1),
+        "optimizer": MOMENTS * masters,
+        "activations": tokens * item * kept_per_token(shape.model.spec, config),
+        "head, a chunk at a time": _head(config, shape, rows / mesh.size, length),
+    }
+    return {**sizes, "total": sum(sizes.values())}
+
+
+def kept_per_token(spec: ModelSpec, config: Any) -> int:
+    """Numbers per token that the layers keep for the backward pass."""
+    query, key = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    layer = {
+        # the input of the layer
+        "full": spec.d_model,
+        # and the results of the projections
+        "dots": 3 * spec.d_model + query + 2 * key + 2 * spec.d_ff,
+        # and norms, rotated queries and keys, attention and the gated product
+        "none": 6 * spec.d_model + 4 * query + 4 * key + 4 * spec.d_ff,
+    }[config.model.remat]
+    rank = config.method.rank * 7 if config.method.name == "lora" else 0
+    kept = layer + (0 if config.model.remat == "full" else rank)
+    return spec.n_layers * kept + 4 * spec.d_model
+
+
+def _head(config: Any, shape: Shape, rows: float, length: int) -> int:
+    spec = shape.model.spec
+    positions = math.ceil(rows) * min(config.loss.chunk, length)
+    logits = 3 * positions * spec.vocab_size * 4  # logits, exponentials, error
+    gradient = spec.d_model * spec.vocab_size * 4 if shape.plan is None else 0
+    return logits + gradient
+
+
+def _bytes(tree: Any, axes: Any, mesh: Mesh, itemsize: int) -> int:
+    shardings = shard_tree(tree, axes, mesh)
+    local = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), tree, shardings)
+    return itemsize * sum(jax.tree.leaves(local))
