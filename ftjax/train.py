@@ -90,9 +90,8 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             "base_hash": base_hash(base) if base.weights else "",
         }
         first = resume_point(checkpoints, identity)
-        folder.save_config(settings)
-
         trained, frozen = load_variables(config, base, shape, mesh)
+        folder.save_config(settings)  # no bad input can be found from here on
         tx = make_optimizer(config.optim, steps)
         state = on_mesh(init_state(trained, tx, config.seed), mesh)
         meta: dict[str, Any] = {**identity, "tokens": 0, "seconds": 0.0, "best": None}

@@ -269,7 +269,9 @@ def _fill(
 ) -> None:
     """Copies one tensor into its place, block by block, and looks at every value."""
     source = tensor.read()
-    flat = row.reshape(-1, source.shape[0]) if weight.inputs else row.reshape(source.shape)  # fmt: skip # noqa: E501
+    # A matrix is stored [outputs, inputs] and kept the other way round.
+    shape = (-1, source.shape[0]) if weight.inputs else source.shape
+    flat = row.reshape(shape)
     unsigned, mask = _EXPONENT[tensor.dtype]
     bits = source.view(unsigned)
     step = max(1, _BLOCK // max(1, source.size // source.shape[0]))

@@ -167,7 +167,8 @@ def _check_layout(
 ) -> None:
     """Tensors must lie end to end and fill the file: no overlap, no gap, no rest."""
     end, last = start, "the header"
-    for name, tensor in sorted(tensors.items(), key=lambda kv: (kv[1].offset, kv[1].nbytes)):  # fmt: skip # noqa: E501
+    in_order = sorted(tensors.items(), key=lambda kv: (kv[1].offset, kv[1].nbytes))
+    for name, tensor in in_order:
         if tensor.offset != end:
             problem = "overlap" if tensor.offset < end else "leave a gap"
             raise UserError(

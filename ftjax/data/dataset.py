@@ -183,8 +183,8 @@ def _check_pairs(report: DataReport, source: str) -> None:
             "preference",
             where=source,
             got=f"identical: {same}",
-            fix="make the pairs again; or delete the column `rejected_text`, to train on "
-            "`text` alone",
+            fix="make the pairs again; or delete the column `rejected_text`, to train "
+            "on `text` alone",
         )
     if same.count > IDENTICAL_SHARE * rows:
         report.warnings.append(
@@ -262,4 +262,5 @@ def _warn(
     if tokenizer.template is not None and tokenizer.template.tells_date:
         warn("the chat template writes today's date: 26 Jul 2024 is used on every day")
     for note, count in notes.count.items():
-        warn(f"{count:,} rows: {note} (first {notes.first[note]})")
+        rows = "1 row" if count == 1 else f"{count:,} rows"
+        warn(f"{rows}: {note} (first {notes.first[note]})")

@@ -211,7 +211,7 @@ def _encode_pairs(
     ):
         _note_specials(row.prompt, row.where, tokenizer, notes)
         _note_specials(row.completion, row.where, tokenizer, notes)
-        prompt = _single_bos(prompt[: len(prompt) - tail], row.where, tokenizer, None)
+        prompt = tokenizer.single_bos(prompt[: len(prompt) - tail])
         ids = _with_eos(_single_bos(ids, row.where, tokenizer, notes), tokenizer)
         boundary = _common(prompt, ids)
         if boundary < len(prompt):
@@ -287,15 +287,12 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _single_bos(
-    ids: list[int], where: str, tokenizer: Tokenizer, notes: Notes | None
+    ids: list[int], where: str, tokenizer: Tokenizer, notes: Notes
 ) -> list[int]:
-    """Takes out the second of two first tokens where the text began with one itself."""
-    before = tokenizer.added[0]
-    if before and ids[: 2 * len(before)] == before * 2:
-        if notes is not None:
-            notes.add("the text began with BOS itself: one was removed", where)
-        return ids[len(before) :]
-    return ids
+    single = tokenizer.single_bos(ids)
+    if len(single) < len(ids):
+        notes.add("the text began with BOS itself: one was removed", where)
+    return single
 
 
 def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:

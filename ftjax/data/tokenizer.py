@@ -99,6 +99,16 @@ class Tokenizer:
             )
         return reply[0].replace(GENERATION_START, "").replace(GENERATION_END, "")
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a prompt in plain text, as they begin a row in training."""
+        ids = self.encode([text], add_special=True)[0]
+        return self.single_bos(ids[: len(ids) - len(self.added[1])])
+
+    def single_bos(self, ids: list[int]) -> list[int]:
+        """Without the second BOS of a text that began with one itself."""
+        bos = self.added[0]
+        return ids[len(bos) :] if bos and ids[: 2 * len(bos)] == bos * 2 else ids
+
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """The ids of a prompt in chat form, up to where the assistant speaks."""
         return self.encode([self.render(messages)], add_special=False)[0]

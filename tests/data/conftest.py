@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ftjax.data.encode import Example, encode
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError
 
@@ -28,7 +29,7 @@ TEXT = ["the answer is here and the question is there, so the answer is good"] *
 def write_tokenizer(
     folder: Path,
     *,
-    template: str = "",
+    template: Any = "",
     add_bos: bool = False,
     bos: str | None = "<s>",
     eos: str | None = "</s>",
@@ -63,6 +64,13 @@ def write_tokenizer(
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def example_of(sample, tokenizer, **options):
+    """A sample, encoded, which must not be dropped."""
+    example = encode(sample, tokenizer, **{"max_length": 500, **options})
+    assert isinstance(example, Example)
+    return example
 
 
 def fault_of(call):

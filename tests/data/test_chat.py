@@ -3,11 +3,10 @@
 import pytest
 
 from ftjax.data import chat
-from ftjax.data.encode import Example, encode
 from ftjax.data.schema import Conversation
 from ftjax.data.show import show_example
 from ftjax.errors import UserError
-from tests.data.conftest import CHATML, MARKED, chat_row, fault_of
+from tests.data.conftest import CHATML, MARKED, chat_row, example_of, fault_of
 
 
 def turns(*pairs):
@@ -61,12 +60,6 @@ def test_no_messages():
         chat.check([], "d.jsonl:7", "messages")
     with pytest.raises(UserError, match="wrong type"):
         chat.check("hi", "d.jsonl:7", "messages")
-
-
-def example_of(sample, tokenizer, **options):
-    example = encode(sample, tokenizer, max_length=500, **options)
-    assert isinstance(example, Example)
-    return example
 
 
 def trained_text(tokenizer, messages, **options):

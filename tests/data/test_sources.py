@@ -213,13 +213,13 @@ def test_pointers_and_web_pages_are_named(write):
 
 def test_shipped_data(monkeypatch):
     shipped = types.ModuleType("ftjax.data.pydocs")
-    shipped.rows = lambda kind, split: iter([{"text": f"{kind} {split}"}] * 12)
+    shipped.__dict__["rows"] = lambda kind, split: iter([{kind: split}] * 12)
     monkeypatch.setitem(sys.modules, "ftjax.data.pydocs", shipped)
     monkeypatch.setattr("ftjax.data.pydocs", shipped, raising=False)
     rows = list(read_rows("pydoc:text[eval]"))
     assert rows[11].where == "pydoc:text[eval]:row 12"
-    assert rows[0].values == {"text": "text eval"}
-    assert next(iter(read_rows("pydoc:text", split="eval"))).values == rows[0].values
+    assert rows[11].values == {"text": "eval"}
+    assert list(read_rows("pydoc:text", split="eval")) == rows
     error = fault("pydoc:instruction[train]")
     assert "instructions" in error.fix
 

@@ -158,7 +158,7 @@ def test_an_architecture_that_is_not_known(model: Path, pairs: Path) -> None:
         ({"sliding_window": 16}, ("sliding_window", "16")),
         ({"attention_bias": "yes"}, ("attention_bias", "true or false", "'yes'")),
         ({"hidden_act": "gelu"}, ("hidden_act", "silu", "'gelu'")),
-        ({"head_dim": 32}, ("another shape", "q_proj", "(128, 64)", "(64, 64)")),
+        ({"head_dim": 32}, ("another shape", "self_attn", "(64, 64)", "(32, 64)")),
         ({"hidden_size": ...}, ("lacks hidden_size",)),
         ({"num_local_experts": 8}, ("num_local_experts", "8")),
     ],

@@ -1,0 +1,256 @@
+"""Adapters against the real peft, over the real transformers model, both ways.
+
+Run by hand, from the root of the repository; the tests need neither torch nor peft:
+
+    python -m tests.goldens.check_peft golden        # torch: makes peft.json
+    python -m tests.goldens.check_peft ours DIR      # jax: exports, and our logits
+    python -m tests.goldens.check_peft theirs DIR    # torch: loads them, and compares
+
+`golden` lets peft write adapters (values from `weights.random_tensor`) and keeps their
+configuration, shapes and logits: `tests/checkpoints/test_peft.py` loads them again.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.goldens.weights import random_tensor, write_random
+
+OUT = Path(__file__).parent / "peft.json"
+IDS = [1, 11, 3, 9, 29, 31, 15, 13, 25, 19, 27, 17]
+TOLERANCE = 1e-4
+
+BASE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+    "pad_token_id": 0,
+}
+
+# What peft writes, for us to read.
+THEIRS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": "all-linear",
+        "rank_pattern": {"mlp.down_proj": 2, r"layers\.[02]\.self_attn\.k_proj": 3},
+        "alpha_pattern": {"model.layers.1.self_attn.q_proj": 16, "up_proj": 3},
+    },
+    "rslora": {
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "rank_pattern": {"o_proj": 2},
+        "target_modules": ["o_proj", "gate_proj"],
+    },
+    "some_layers": {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": ["q_proj", "down_proj"],
+        "layers_to_transform": [0, 2],
+    },
+    "regex": {"r": 2, "lora_alpha": 4, "target_modules": r".*layers\.1\..*_proj"},
+}
+
+# What ftjax writes, for peft to read: the `method` section of a config.
+OURS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "patterns": {
+        "rank_pattern": r"down_proj=2,layers\.1\.self_attn\.q_proj=5",
+        "alpha_pattern": r"v_proj=3,layers\.[01]\.mlp\.up_proj=24",
+    },
+    "rslora": {"use_rslora": True, "rank_pattern": "k_proj=1"},
+    "some_layers": {"targets": r"layers\.[02]\.self_attn\.q_proj,o_proj"},
+}
+
+
+def base_tensors() -> dict[str, list[int]]:
+    """The published names and shapes of `BASE`."""
+    D, F, V, H = 32, 48, 32, 8
+    shapes = {"model.embed_tokens.weight": [V, D], "model.norm.weight": [D]}
+    for i in range(BASE["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        for name, rows in (("q", 4 * H), ("k", 2 * H), ("v", 2 * H), ("o", D)):
+            shapes[f"{layer}self_attn.{name}_proj.weight"] = [rows, D]
+        shapes[f"{layer}mlp.gate_proj.weight"] = [F, D]
+        shapes[f"{layer}mlp.up_proj.weight"] = [F, D]
+        shapes[f"{layer}mlp.down_proj.weight"] = [D, F]
+        shapes[f"{layer}input_layernorm.weight"] = [D]
+        shapes[f"{layer}post_attention_layernorm.weight"] = [D]
+    return shapes
+
+
+def write_base(folder: Path) -> Path:
+    """The checkpoint that all adapters here belong to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(BASE))
+    write_random(folder / "model.safetensors", base_tensors())
+    return folder
+
+
+def golden() -> None:
+    import peft
+    import torch
+    import transformers
+    from safetensors import safe_open
+
+    cases = {}
+    with tempfile.TemporaryDirectory() as temp:
+        base = write_base(Path(temp) / "base")
+        for name, settings in THEIRS.items():
+            config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+            model = peft.get_peft_model(_transformers(base), config)
+            fill_in_place(model)
+            folder = Path(temp) / name
+            model.save_pretrained(folder)
+            with safe_open(folder / "adapter_model.safetensors", "np") as file:
+                shapes = {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118
+            written = json.loads((folder / "adapter_config.json").read_text())
+            written["base_model_name_or_path"] = "base"
+            logits = _logits(model).round(6).tolist()
+            cases[name] = {"config": written, "tensors": shapes, "logits": logits}
+    made = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    text = {"made_with": f"{made}, peft {peft.__version__}", "cases": cases}
+    OUT.write_text(json.dumps(text, separators=(",", ":")) + "\n")
+    print(f"wrote {OUT}: {OUT.stat().st_size} bytes, {len(cases)} cases")
+
+
+def fill_in_place(model: Any) -> None:
+    """Gives every LoRA weight the values of its published name."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                published = name.replace(".default", "")
+                values = random_tensor(published, tuple(weight.shape))
+                weight.copy_(torch.from_numpy(values))
+
+
+def ours(folder: Path) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from ftjax.checkpoints.hf import load_params, open_weights, save_params
+    from ftjax.checkpoints.peft import save_adapter
+    from ftjax.methods.lora import merge
+    from ftjax.models.registry import spec_from_config
+
+    base = write_base(folder / "base")
+    spec = spec_from_config(BASE, "config.json")
+    params = load_params(open_weights(base, spec), dtype="float32")
+    tokens = jnp.asarray([IDS], jnp.int32)
+    rows = (tokens, jnp.arange(len(IDS))[None], jnp.ones_like(tokens))
+    for name, settings in OURS.items():
+        model, plan, lora = random_adapter(spec, settings)
+        logits = model.apply({"params": params, "lora": lora}, *rows, method="logits")
+        target = folder / name
+        save_adapter(target / "peft", lora, plan, str(base), "0" * 64)
+        (target / "merged").mkdir()
+        merged = merge(params, lora)
+        save_params(target / "merged", merged, spec, config=BASE, dtype="float32")
+        np.save(target / "logits.npy", np.asarray(logits[0]))
+        size = sum(leaf.size for leaf in jax.tree.leaves(lora))
+        print(f"{name}: {len(plan.sites)} sites, {size} numbers")
+
+
+def random_adapter(spec: Any, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """(model, plan, collection): of a `method` section, b random instead of zero."""
+    from types import SimpleNamespace
+
+    import jax
+    import jax.numpy as jnp
+
+    from ftjax.methods.lora import init_lora, plan_lora
+    from ftjax.models.decoder import Decoder
+    from ftjax.models.proj import find_sites
+    from ftjax.weights import Delta
+
+    usual = {
+        "targets": "all-linear",
+        "rank": 4,
+        "alpha": 8.0,
+        "rank_pattern": "",
+        "alpha_pattern": "",
+        "use_rslora": False,
+        "dropout": 0.0,
+    }
+    model = Decoder(spec)
+    plan = plan_lora(find_sites(model), SimpleNamespace(**(usual | settings)))
+    rng = np.random.default_rng(0)
+
+    def fill(delta: Delta) -> Delta:
+        noise = rng.normal(0, 0.3, delta.b.shape).astype(np.float32)
+        used = jnp.any(delta.a != 0, axis=tuple(range(1, delta.a.ndim - 1)))  # [L, r]
+        used = used.reshape(*used.shape, *[1] * (delta.b.ndim - 2))
+        return delta.replace(b=jnp.where(used, jnp.asarray(noise), 0))
+
+    start = init_lora(plan, 0)
+    lora = jax.tree.map(fill, start, is_leaf=lambda leaf: isinstance(leaf, Delta))
+    return model, plan, lora
+
+
+def theirs(folder: Path) -> None:
+    import peft
+    import transformers
+
+    worst = 0.0
+    for name in OURS:
+        wanted = np.load(folder / name / "logits.npy")
+        plain = _logits(_transformers(folder / "base"))
+        model = peft.PeftModel.from_pretrained(
+            _transformers(folder / "base"), folder / name / "peft"
+        )
+        b = [w.abs().max().item() for n, w in model.named_parameters() if "lora_B" in n]
+        assert b and min(b) > 0, f"{name}: a lora_B is zero"
+        adapter = np.abs(_logits(model) - wanted).max()
+        merged = np.abs(_logits(_transformers(folder / name / "merged")) - wanted).max()
+        moved = np.abs(plain - wanted).max()
+        print(
+            f"{name}: {len(b)} modules, least max |B| {min(b):.3f}; max |logit "
+            f"difference| adapter {adapter:.1e}, merged {merged:.1e}; "
+            f"the adapter moves them by {moved:.2f}"
+        )
+        worst = max(worst, adapter, merged)
+        assert moved > 0.1
+    assert worst < TOLERANCE, worst
+    print(f"worst {worst:.1e}; peft {peft.__version__}, {transformers.__version__}")
+
+
+def _transformers(folder: Path) -> Any:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def _logits(model: Any) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits[0].numpy()
+
+
+if __name__ == "__main__":
+    command, *rest = sys.argv[1:]
+    {"golden": golden, "ours": ours, "theirs": theirs}[command](*map(Path, rest))

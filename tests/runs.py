@@ -1,0 +1,67 @@
+"""Run directories without a training: what `ftjax.train` leaves, in a second."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import sft
+from ftjax.checkpoints.state import Checkpoints
+from ftjax.loading import base_hash, load_base_params, open_base
+from ftjax.methods.lora import init_lora, plan_lora
+from ftjax.models.decoder import Decoder
+from ftjax.models.proj import find_sites
+from ftjax.sharding import make_mesh
+
+
+def make_run(
+    folder: Path,
+    model: Path,
+    *,
+    method: str = "lora",
+    steps: tuple[tuple[int, float | None], ...] = ((10, None),),
+    data: str = "",
+    zero: bool = False,
+    **values: Any,
+) -> Path:
+    """A run of `method` on `model` with random weights at each of `steps`.
+
+    Args:
+      steps: (step, eval loss) of each checkpoint.
+      data: what it says it was trained on.
+      zero: leaves `b` of LoRA at zero.
+      values: of the method, such as `rank`.
+    """
+    folder.mkdir(parents=True)
+    config = sft.get_config(f"model={model},method={method}")
+    config.data.train = data
+    config.method.update(values)
+    settings = json.loads(json.dumps(config.to_dict()))
+    (folder / "config.json").write_text(json.dumps(settings))
+    base = open_base(str(model))
+    saved = Checkpoints(folder / "checkpoints", keep_last=9, report=print)
+    for step, loss in steps:
+        trained = _trained(base, settings["method"], 0 if zero else step)
+        state = {"step": jnp.asarray(step), "trained": trained}
+        saved.save(step, state, {"base_hash": base_hash(base)}, loss)
+    return folder
+
+
+def _trained(base: Any, method: dict[str, Any], seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+
+    def moved(leaf: jax.Array) -> jax.Array:
+        noise = rng.normal(0, 0.05 if seed else 0, leaf.shape)
+        return jnp.asarray(np.asarray(leaf) + noise.astype(np.float32))
+
+    if method["name"] == "full":
+        params = load_base_params(base, jnp.float32, make_mesh())
+        return {"params": jax.tree.map(moved, params)}
+    plan = plan_lora(find_sites(Decoder(base.spec)), SimpleNamespace(**method))
+    lora = init_lora(plan, seed)
+    is_delta = {"is_leaf": lambda leaf: hasattr(leaf, "dense")}
+    return {"lora": jax.tree.map(lambda d: d.replace(b=moved(d.b)), lora, **is_delta)}

@@ -1,0 +1,180 @@
+"""Opening bases, runs and adapters: what is loaded, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftjax.checkpoints.peft import save_adapter
+from ftjax.errors import UserError
+from ftjax.loading import base_hash, load_base_params, open_base, open_policy
+from ftjax.methods.lora import merge
+from ftjax.sharding import make_mesh
+from tests.runs import make_run
+from tests.tiny import IM_END, make_tiny_checkpoint
+
+IDS = [1, 70, 80, 90, 100, 110]
+quiet: dict[str, Any] = {"note": lambda text: None}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    return make_run(folder, tiny_llama, steps=((10, 2.0), (20, 1.0), (30, 1.5)), rank=3)
+
+
+def logits(policy: Any) -> np.ndarray:
+    tokens = jnp.asarray([IDS], jnp.int32)
+    rows = (tokens, jnp.arange(len(IDS))[None], jnp.ones_like(tokens))
+    return np.asarray(policy.model.apply(policy.variables, *rows, method="logits")[0])
+
+
+def test_open_base_reads_no_weight(tiny_llama: Path) -> None:
+    base = open_base(str(tiny_llama))
+    assert base.spec.family == "llama"
+    assert base.eos_ids == (IM_END,)
+    assert base.tokenizer.template is not None
+
+
+def test_weights_are_split_over_the_mesh(tiny_llama: Path) -> None:
+    base = open_base(str(tiny_llama))
+    one = load_base_params(base, jnp.float32, make_mesh())
+    four = load_base_params(base, jnp.float32, make_mesh(data=1, fsdp=4))
+    w = four["layers"]["mlp"]["up_proj"]["w"]
+    assert w.sharding.shard_shape(w.shape)[1] == w.shape[1] // 4
+    jax.tree.map(np.testing.assert_array_equal, one, four)
+    assert load_base_params(base, jnp.bfloat16, make_mesh())["norm"][
+        "scale"
+    ].dtype == jnp.dtype(jnp.bfloat16)
+
+
+def test_base_hash_is_of_the_weights_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    wanted = base_hash(open_base(str(tiny_llama)))
+    sharded = make_tiny_checkpoint(tmp_path / "sharded", shards=3)
+    other = make_tiny_checkpoint(tmp_path / "other", seed=1)
+    assert base_hash(open_base(str(sharded))) == wanted
+    assert base_hash(open_base(str(other))) != wanted
+
+
+@pytest.mark.parametrize("named", ["neither", "both"])
+def test_one_of_model_and_workdir(named: str, tiny_llama: Path, run: Path) -> None:
+    both = {"model": str(tiny_llama), "workdir": str(run)} if named == "both" else {}
+    with pytest.raises(UserError, match="say what to use"):
+        open_policy(**both)
+
+
+def test_a_run_gives_its_best_step_or_its_last(run: Path) -> None:
+    best = open_policy(workdir=str(run), **quiet)
+    last = open_policy(workdir=str(run), weights="last", **quiet)
+    assert (best.step, last.step) == (20, 30)
+    assert "step 20 (best by eval loss)" in best.label
+    assert np.abs(logits(best) - logits(last)).max() > 1e-3
+
+
+def test_a_run_without_a_best(tiny_llama: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_llama, steps=((5, None), (6, None)))
+    assert open_policy(workdir=str(run), **quiet).step == 6
+    with pytest.raises(UserError, match="no best checkpoint"):
+        open_policy(workdir=str(run), weights="best", **quiet)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoint to use"):
+        open_policy(workdir=str(run), **quiet)
+
+
+def test_a_full_run_has_its_own_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_llama, method="full")
+    tuned = open_policy(workdir=str(run), **quiet)
+    assert set(tuned.variables) == {"params"}
+    assert tuned.plan is None
+    base = open_policy(model=str(tiny_llama), **quiet)
+    assert np.abs(logits(tuned) - logits(base)).max() > 1e-3
+
+
+def test_an_adapter_on_its_base_equals_the_run(
+    run: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    policy = open_policy(workdir=str(run), **quiet)
+    found = base_hash(policy.base)
+    save_adapter(tmp_path / "a", policy.variables["lora"], policy.plan, "x", found)
+    for source in ({"model": str(tiny_llama)}, {"workdir": str(run)}):
+        again = open_policy(**source, adapter=str(tmp_path / "a"), **quiet)
+        np.testing.assert_array_equal(logits(again), logits(policy))
+    merged = {"params": merge(policy.variables["params"], policy.variables["lora"])}
+    tokens = jnp.asarray([IDS], jnp.int32)
+    rows = (tokens, jnp.arange(len(IDS))[None], jnp.ones_like(tokens))
+    plain = policy.model.apply(merged, *rows, method="logits")[0]
+    np.testing.assert_allclose(np.asarray(plain), logits(policy), atol=2e-5)
+
+
+def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path) -> None:
+    other = make_tiny_checkpoint(tmp_path / "other", seed=1)
+    policy = open_policy(workdir=str(run), **quiet)
+    lora, found = policy.variables["lora"], base_hash(policy.base)
+    save_adapter(tmp_path / "a", lora, policy.plan, "x", found)
+    with pytest.raises(UserError, match="another base: same shapes, other weights"):
+        open_policy(model=str(other), adapter=str(tmp_path / "a"), **quiet)
+    notes: list[str] = []
+    save_adapter(tmp_path / "b", lora, policy.plan, "x", None)
+    open_policy(model=str(other), adapter=str(tmp_path / "b"), note=notes.append)
+    assert any("unverified" in note for note in notes)
+
+
+def test_a_run_whose_base_was_replaced_is_refused(tmp_path: Path) -> None:
+    base = make_tiny_checkpoint(tmp_path / "base")
+    run = make_run(tmp_path / "run", base)
+    shutil.rmtree(base)
+    make_tiny_checkpoint(base, seed=1)
+    with pytest.raises(UserError, match="another base"):
+        open_policy(workdir=str(run), **quiet)
+
+
+def test_an_adapter_on_a_full_run_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_llama, method="full")
+    with pytest.raises(UserError, match="belongs to the model"):
+        open_policy(workdir=str(run), adapter=str(tmp_path), **quiet)
+
+
+def test_what_is_no_run(tiny_llama: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path / "gone", tmp_path, tiny_llama):
+        with pytest.raises(UserError, match="not the folder of a run") as error:
+            open_policy(workdir=str(folder), **quiet)
+    assert f"--model={tiny_llama}" in error.value.screen()
+
+
+def test_no_config_inside_a_run_is_executed(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    canary = tmp_path / "canary"
+    code = f"open({str(canary)!r}, 'w')\n"
+    for name in ("config.py", "sft.py", "get_config.py", "conftest.py", "__init__.py"):
+        (copy / name).write_text(code)
+    open_policy(workdir=str(copy), **quiet)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "chat"),
+    [
+        ({"prompt": "a", "completion": "b"}, False),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                ]
+            },
+            True,
+        ),
+    ],
+)
+def test_a_run_on_conversations_is_a_chat(
+    row: dict[str, Any], chat: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    run = make_run(tmp_path / "run", tiny_llama, data=str(tmp_path / "d.jsonl"))
+    assert open_policy(workdir=str(run), **quiet).chat is chat

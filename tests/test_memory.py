@@ -1,0 +1,60 @@
+"""The estimate of memory holds against what XLA says of the compiled step."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ftjax.memory import estimate
+from ftjax.methods.split import split
+from ftjax.models.decoder import Decoder
+from ftjax.models.proj import abstract_params
+from ftjax.models.spec import ModelSpec
+from ftjax.optim import make_optimizer
+from ftjax.prepare import Shape
+from ftjax.sharding import make_mesh
+from ftjax.step import init_state, make_train_step
+from ftjax.train import make_loss
+from tests.models_small import optim_config, small_lora
+
+SPEC = ModelSpec("llama", 512, 64, 4, 4, 2, 16, 160, tied=True)
+ROWS, LENGTH = 16, 128
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
+    model = Decoder(SPEC, remat=remat)
+    plan, lora = small_lora(model, rank=8)
+    shapes = abstract_params(model)
+    trained, frozen = jax.eval_shape(lambda p: split(method, p, lora), shapes)
+    tx = make_optimizer(optim_config(), 10)
+    state = jax.eval_shape(lambda t: init_state(t, tx, 0), trained)
+    row = jax.ShapeDtypeStruct((1, ROWS, LENGTH), jnp.int32)
+    batch = {n: row for n in ("tokens", "targets", "positions", "segments")}
+    batch["weights"] = jax.ShapeDtypeStruct(row.shape, jnp.float32)
+    step = jax.jit(make_train_step(make_loss(model, 32), tx), donate_argnums=0)
+    found = step.lower(state, frozen, batch).compile().memory_analysis()
+    real = (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+    )
+    config = SimpleNamespace(
+        train=SimpleNamespace(batch_size=ROWS * 4, accumulate=1),
+        model=SimpleNamespace(remat=remat),
+        method=SimpleNamespace(name=method, rank=8),
+        loss=SimpleNamespace(chunk=32),
+    )
+    shape = Shape(
+        model,
+        plan if method == "lora" else None,
+        jnp.dtype(jnp.float32),
+        jnp.dtype(jnp.float32),
+    )
+    # Four devices with 16 rows each hold what one device with 16 rows holds.
+    sizes = estimate(config, shape, LENGTH, make_mesh(4, 1))
+    assert sizes["total"] == sum(v for k, v in sizes.items() if k != "total")
+    assert 0.6 * real < sizes["total"] < 2.5 * real
