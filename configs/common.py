@@ -1,7 +1,8 @@
-"""What every task's config shares: the argument after the colon, and the sections.
+"""What every task's config shares: the argument after the colon; the sections.
 
-`--config=configs/sft.py:model=PATH,method=lora` picks structure; `--config.optim.lr=1e-3`
-sets a value. A key that a method does not have is not there, so it cannot be set.
+`--config=configs/sft.py:model=PATH,method=lora` picks structure, and
+`--config.optim.lr=1e-3` sets a value. A key that a method does not
+have is not there, so it cannot be set.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +36,9 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = arg.model  # 'base', a directory, a preset, or a Hub name
     c.model.revision = "main"  # of a Hub name
-    c.model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bf16 on GPU/TPU
+    c.model.dtype = (
+        "auto"  # of the computation: float32, bfloat16; auto: bf16 on GPU/TPU
+    )
     c.model.param_dtype = "auto"  # storage of frozen weights; auto: as the computation
     c.model.remat = "none"  # none, dots, full: what the backward pass computes again
     c.model.from_scratch = False  # random weights of the same shape

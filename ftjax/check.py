@@ -10,10 +10,12 @@ from typing import Any
 
 from absl import flags
 
-from ftjax import cli
-from ftjax.config import check_devices, total_steps, validate
+from ftjax import cli, describe
 from ftjax.console import say, table
+from ftjax.data.show import show_example
 from ftjax.errors import UserError
+from ftjax.memory import estimate
+from ftjax.prepare import Prepared, prepare, trainable_rows
 
 
 def main(args: flags.FlagValues) -> dict[str, Any]:
@@ -21,51 +23,33 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         raise UserError(
             "no configuration is named", fix="--config=configs/sft.py:model=PATH"
         )
-    config = args.config
-    validate(config)
-    # These start JAX: a mistyped value is found before.
-    from ftjax import describe
-    from ftjax.data.show import show_example
-    from ftjax.loading import open_base
-    from ftjax.memory import estimate
-    from ftjax.prepare import prepare_data, prepare_shape, trainable_rows
-    from ftjax.sharding import make_mesh
-
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    check_devices(config, mesh.size)
-    scratch = config.model.from_scratch
-    base = open_base(
-        config.model.path,
-        config.model.revision,
-        config.data.chat_template,
-        weights=not scratch,
-    )
-    shape = prepare_shape(config, base, mesh)
-    data = prepare_data(config, base)
-    steps = total_steps(config, data.loader.rows_per_epoch)
-    examples = data.train.examples
+    ready = prepare(args.config)
+    examples = ready.data.train.examples
     count = min(args.rows, len(examples))
     for i in range(count):
-        say(show_example(examples[i * len(examples) // count], base.tokenizer) + "\n")
-    say(describe.plan(config, base, shape, data, steps))
-    sizes = estimate(config, shape, data.length, mesh)
+        example = examples[i * len(examples) // count]
+        say(show_example(example, ready.base.tokenizer) + "\n")
+    say(describe.plan(args.config, ready))
+    sizes = estimate(args.config, ready.shape, ready.data.length, ready.mesh)
     say("\nmemory per device, from shapes (activations are an upper estimate)")
     say(table([[name, f"{size / 1e6:,.1f} MB"] for name, size in sizes.items()]))
-    report = data.train.report
+    return {**_account(ready), "memory": sizes}
+
+
+def _account(ready: Prepared) -> dict[str, Any]:
+    report = ready.data.train.report
     return {
         "read": report.read,
         "kept": report.kept,
         "dropped": {reason: tally.count for reason, tally in report.dropped.items()},
         "skipped": report.skipped_rows,
-        "identical": report.identical.count,
         "truncated": report.truncated,
         "tokens": report.tokens,
         "trained_tokens": report.trained,
         "lengths": report.quantiles(),
         "warnings": report.warnings,
-        "steps": steps,
-        "trainable": trainable_rows(shape)[-1][4],
-        "memory": sizes,
+        "steps": ready.steps,
+        "trainable": trainable_rows(ready.shape)[-1][4],
     }
 
 

@@ -1,4 +1,4 @@
-"""What a config must satisfy before anything is read: ranges, and rules between keys."""
+"""What a config must satisfy before anything is read: ranges, rules between keys."""
 
 import math
 from collections.abc import Callable
@@ -113,8 +113,7 @@ def _contradictions(config: Any) -> None:
             where="config.train.batch_size, config.train.accumulate",
             expected="batch_size divisible by accumulate",
             got=f"{train.batch_size} / {train.accumulate}",
-            fix=f"batch_size={near or train.accumulate} or "
-            f"{near + train.accumulate}",
+            fix=f"batch_size={near or train.accumulate} or {near + train.accumulate}",
         )
     if train.steps is not None and optim.warmup >= train.steps:
         raise _long_warmup(optim.warmup, train.steps)

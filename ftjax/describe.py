@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from ftjax import console
-from ftjax.loading import Base
 from ftjax.metrics import METRICS, read_rows
-from ftjax.prepare import Data, Shape, trainable_rows
+from ftjax.prepare import Prepared, Shape, trainable_rows
 
 PLACES = (METRICS, "loss.png", "report.html", "checkpoints", "adapter")
 
 
-def plan(config: Any, base: Base, shape: Shape, data: Data, steps: int) -> str:
+def plan(config: Any, ready: Prepared) -> str:
     """The screen before a run: data, what is trained, how long."""
+    base, shape, data, steps = ready.base, ready.shape, ready.data, ready.steps
     parts = [data.train.report.text()]
     if data.eval:
         parts.append(data.eval.report.text())
@@ -56,7 +56,9 @@ def result(workdir: Path, steps: int) -> dict[str, Any]:
     if train:
         found |= {"loss": train[-1]["loss"], "tokens": train[-1]["tokens"]}
         found["seconds"] = train[-1]["time"]
-        found["tokens_per_s"] = sorted(r["tokens_per_s"] for r in train)[len(train) // 2]
+        found["tokens_per_s"] = sorted(r["tokens_per_s"] for r in train)[
+            len(train) // 2
+        ]
     keys = ("loss", "perplexity", "token_accuracy", "tokens")
     if evals:
         found["eval_before"] = {k: evals[0][k] for k in keys}

@@ -80,5 +80,7 @@ def _head(config: Any, shape: Shape, rows: float, length: int) -> int:
 
 def _bytes(tree: Any, axes: Any, mesh: Mesh, itemsize: int) -> int:
     shardings = shard_tree(tree, axes, mesh)
-    local = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), tree, shardings)
+    local = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)), tree, shardings
+    )
     return itemsize * sum(jax.tree.leaves(local))

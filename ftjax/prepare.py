@@ -13,17 +13,49 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ftjax.config import check_positions
+from ftjax.config import check_devices, check_positions, total_steps, validate
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
-from ftjax.loading import Base, load_base_params
+from ftjax.loading import Base, load_base_params, open_base
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
 from ftjax.methods.split import split
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import abstract_params, find_sites, init_params, params_axes
-from ftjax.sharding import shard_tree
+from ftjax.sharding import make_mesh, shard_tree
 
 PyTree = Any
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked: nothing is in memory yet but the rows."""
+
+    mesh: Mesh
+    base: Base
+    shape: "Shape"
+    data: "Data"
+    steps: int
+
+
+def prepare(config: Any) -> Prepared:
+    """Checks a config against its devices, its model and its data.
+
+    Raises:
+      UserError: for whatever would stop the run later.
+    """
+    validate(config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_devices(config, mesh.size)
+    base = open_base(
+        config.model.path,
+        config.model.revision,
+        config.data.chat_template,
+        weights=not config.model.from_scratch,
+    )
+    shape = prepare_shape(config, base, mesh)
+    data = prepare_data(config, base)
+    steps = total_steps(config, data.loader.rows_per_epoch)
+    return Prepared(mesh, base, shape, data, steps)
 
 
 @dataclass

@@ -98,7 +98,9 @@ def sum_micro_batches(
     def body(total: Any, item: Any) -> tuple[Any, None]:
         index, micro = item
         (_, sums), grads = grad(trained, micro, jax.random.fold_in(key, index))
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (sums, grads)), None
+        return jax.tree.map(
+            lambda t, x: t + x.astype(t.dtype), total, (sums, grads)
+        ), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
     nothing = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))

@@ -18,20 +18,20 @@ from jax.sharding import Mesh, NamedSharding
 from ftjax import cli, describe
 from ftjax.checkpoints.peft import save_adapter
 from ftjax.checkpoints.state import Checkpoints
-from ftjax.config import check_devices, total_steps, validate
+from ftjax.config import validate
 from ftjax.console import Progress, say
 from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
 from ftjax.evals.causal import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
-from ftjax.loading import Base, base_hash, open_base
+from ftjax.loading import Base, base_hash
 from ftjax.losses.causal_lm import Sums, causal_lm
 from ftjax.metrics import MetricLog
 from ftjax.models.decoder import Decoder, hidden_and_head
 from ftjax.optim import make_optimizer, make_schedule
-from ftjax.prepare import Data, Shape, load_variables, prepare_data, prepare_shape
+from ftjax.prepare import Data, Prepared, Shape, load_variables, prepare
 from ftjax.report import write_report
 from ftjax.rollout import Generator
-from ftjax.sharding import batch_sharding, make_mesh, put_batch, replicated
+from ftjax.sharding import batch_sharding, put_batch, replicated
 from ftjax.signals import StopRequest
 from ftjax.step import Loss, TrainState, init_state, make_train_step
 from ftjax.workdir import Workdir, compare_values
@@ -64,19 +64,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         settings = config.to_dict()
         for change in folder.compare_config(settings):
             say(f"changed since the run began: {change}")
-        c = config.train
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-        check_devices(config, mesh.size)
-        base = open_base(
-            config.model.path,
-            config.model.revision,
-            config.data.chat_template,
-            weights=not config.model.from_scratch,
-        )
-        shape = prepare_shape(config, base, mesh)
-        data = prepare_data(config, base)
-        steps = total_steps(config, data.loader.rows_per_epoch)
-        say(describe.plan(config, base, shape, data, steps))
+        c, ready = config.train, prepare(config)
+        mesh, base, data, steps = ready.mesh, ready.base, ready.data, ready.steps
+        shape = ready.shape
+        say(describe.plan(config, ready))
 
         checkpoints = Checkpoints(
             folder.path / "checkpoints",
@@ -101,10 +92,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             say(f"continuing after step {first}")
         step_fn = compile_step(make_loss(shape.model, config.loss.chunk), tx, state)
         rate = make_schedule(config.optim, steps)
-        look = make_look(config, base, shape, data, mesh)
+        look = make_look(config, ready)
 
         def due(step: int, every: int) -> bool:
-            return step == steps or bool(every) and step % every == 0
+            return step == steps or (every > 0 and step % every == 0)
 
         def pause(step: int) -> bool:
             return due(step, c.eval_every) or due(step, c.save_every) or stop.requested
@@ -156,15 +147,14 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         return describe.result(folder.path, steps)
 
 
-def make_look(
-    config: Any, base: Base, shape: Shape, data: Data, mesh: Mesh
-) -> Callable[..., float | None]:
+def make_look(config: Any, ready: Prepared) -> Callable[..., float | None]:
     """`look(log, progress, step, variables, sample)`: samples, evaluates, writes both.
 
     Returns the eval loss, or None where there is no eval data.
     """
-    c = config.train
-    sum_batch = make_sum_batch(shape.model, config.loss.chunk)
+    c, base, data = config.train, ready.base, ready.data
+    sharding = batch_sharding(ready.mesh)
+    sum_batch = make_sum_batch(ready.shape.model, config.loss.chunk)
     prompts = pick_prompts(data.eval or data.train, base.tokenizer, c.sample_rows)
 
     def look(
@@ -172,7 +162,7 @@ def make_look(
     ) -> float | None:
         if sample and prompts:
             generator = Generator(
-                base.spec, variables, dtype=shape.dtype, eos_ids=base.eos_ids
+                base.spec, variables, dtype=ready.shape.dtype, eos_ids=base.eos_ids
             )
             texts = answer(generator, base.tokenizer, prompts, c.sample_tokens)
             for prompt, text in zip(prompts, texts, strict=True):
@@ -180,7 +170,7 @@ def make_look(
         if data.eval_loader is None:
             return None
         batches = data.eval_loader.epoch(c.batch_size // c.accumulate)
-        found = evaluate(sum_batch, variables, batches, batch_sharding(mesh))
+        found = evaluate(sum_batch, variables, batches, sharding)
         log.write(step, "eval", **found)
         progress.note(describe.evaluation(step, found))
         return found["loss"]

@@ -70,7 +70,9 @@ def moved(leaf: Any) -> Any:
     return jnp.asarray(np.asarray(leaf) + np.float32(0.02) * wave)
 
 
-def small_batch(rows: int = 8, length: int = 24, seed: int = 0) -> dict[str, np.ndarray]:
+def small_batch(
+    rows: int = 8, length: int = 24, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Packed rows of two documents, prompts of unequal lengths, some padding."""
     rng = np.random.default_rng(seed)
     batch = {

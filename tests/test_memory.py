@@ -32,7 +32,7 @@ def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
     tx = make_optimizer(optim_config(), 10)
     state = jax.eval_shape(lambda t: init_state(t, tx, 0), trained)
     row = jax.ShapeDtypeStruct((1, ROWS, LENGTH), jnp.int32)
-    batch = {n: row for n in ("tokens", "targets", "positions", "segments")}
+    batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), row)
     batch["weights"] = jax.ShapeDtypeStruct(row.shape, jnp.float32)
     step = jax.jit(make_train_step(make_loss(model, 32), tx), donate_argnums=0)
     found = step.lower(state, frozen, batch).compile().memory_analysis()

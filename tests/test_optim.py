@@ -32,7 +32,9 @@ def test_decay_is_for_matrices_alone() -> None:
     assert not layer["input_layernorm"]["scale"] and not mask["params"]["norm"]["scale"]
     delta = mask["lora"]["layers"]["mlp"]["up_proj"]["w"]
     assert delta.a and delta.b and not delta.scale
-    assert not decayed({"params": {"q_proj": {"b": 0, "w": 0}}})["params"]["q_proj"]["b"]
+    assert not decayed({"params": {"q_proj": {"b": 0, "w": 0}}})["params"]["q_proj"][
+        "b"
+    ]
 
 
 def test_moments_are_float32_and_decay_does_not_pass_through_adam() -> None:

@@ -57,7 +57,9 @@ def test_micro_batches_are_one_big_batch_in_float64(method: str) -> None:
             assert float(cut[0].weight) == weight
             # The sums are kept in float32; their inputs here are exact to 1e-16.
             jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * weight),
+                lambda a, b: np.testing.assert_allclose(
+                    a, b, rtol=0, atol=2e-6 * weight
+                ),
                 cut,
                 whole,
             )
@@ -77,7 +79,8 @@ def test_micro_batches_of_unequal_tokens_give_the_same_update(method: str) -> No
         results.append((float(metrics["loss"]), state.trained))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *(r[1] for r in results)
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+        *(r[1] for r in results),
     )
 
 

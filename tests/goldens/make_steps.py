@@ -139,7 +139,9 @@ def main() -> None:
         "methods": {method: run(method) for method in ("full", "lora")},
     }
     OUT.write_text(json.dumps(golden, indent=1) + "\n")
-    print(versions, golden["methods"]["full"]["loss"], golden["methods"]["lora"]["loss"])
+    print(
+        versions, golden["methods"]["full"]["loss"], golden["methods"]["lora"]["loss"]
+    )
 
 
 if __name__ == "__main__":

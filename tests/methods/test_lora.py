@@ -78,7 +78,9 @@ def test_gaussian_start_has_deviation_one_over_rank() -> None:
 def test_a_site_starts_alike_whatever_else_is_trained() -> None:
     model, _ = small_model()
     every = small_lora(model)[1]["layers"]["self_attn"]["q_proj"]["w"].a
-    alone = small_lora(model, targets="q_proj")[1]["layers"]["self_attn"]["q_proj"]["w"].a
+    alone = small_lora(model, targets="q_proj")[1]["layers"]["self_attn"]["q_proj"][
+        "w"
+    ].a
     np.testing.assert_array_equal(every, alone)
 
 
@@ -92,7 +94,9 @@ def test_targets_may_differ_by_layer_and_padding_stays_zero() -> None:
     assert set(plan.sites) == {Q, ("layers", "self_attn", "v_proj")}
 
     def loss(lora: Any) -> Any:
-        found, _ = hidden_and_head(model, {"params": params, "lora": lora}, small_batch())
+        found, _ = hidden_and_head(
+            model, {"params": params, "lora": lora}, small_batch()
+        )
         return (found**2).sum()
 
     grads = jax.grad(loss)(lora)["layers"]["self_attn"]

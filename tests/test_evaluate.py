@@ -1,0 +1,109 @@
+"""The command that evaluates: exact sums over every trained token."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ftjax import cli, evaluate
+from ftjax.loading import open_policy
+from tests.runs import make_run
+
+TEXTS = ["the thing in the end", "on", "a re er on the the in", "thing " * 40]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*argv: str, code: int = 0) -> dict[str, Any]:
+        got = cli.run(evaluate.main, [*argv, "--json"], evaluate.define)
+        out, err = capsys.readouterr()
+        assert got == code, err
+        return json.loads(out) if code == 0 else {"screen": err}
+
+    return run
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def naive(folder: Path, texts: list[str], most: int = 512) -> tuple[float, int, int]:
+    """(sum of -log p, tokens right, tokens) of every token after the first."""
+    policy = open_policy(model=str(folder))
+    tokenizer = policy.base.tokenizer
+    total, right, count = 0.0, 0, 0
+    for text in texts:
+        ids = tokenizer.encode([text], add_special=True)[0]
+        if ids[-1] != tokenizer.eos_id:
+            ids.append(tokenizer.eos_id)
+        row = jnp.asarray([ids[:most]], jnp.int32)
+        rest = (jnp.arange(row.shape[1])[None], jnp.ones_like(row))
+        logits = policy.model.apply(policy.variables, row, *rest, method="logits")[0]
+        logp = jax.nn.log_softmax(logits[:-1])
+        targets = row[0, 1:]
+        total -= float(jnp.take_along_axis(logp, targets[:, None], axis=1).sum())
+        right += int((logits[:-1].argmax(-1) == targets).sum())
+        count += len(targets)
+    return total, right, count
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_text_rows(batch_size: int, tiny_llama: Path, tmp_path: Path, run: Any) -> None:
+    data = write(tmp_path / "d.jsonl", [{"text": text} for text in TEXTS])
+    found = run(f"--model={tiny_llama}", f"--data={data}", f"--batch_size={batch_size}")
+    total, right, count = naive(tiny_llama, TEXTS)
+    assert found["tokens"] == count
+    assert found["rows"] == 4
+    assert found["loss"] == pytest.approx(total / count, rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found["token_accuracy"] == pytest.approx(right / count)
+
+
+def test_long_rows_are_cut_and_counted(
+    tiny_llama: Path, tmp_path: Path, run: Any
+) -> None:
+    data = write(tmp_path / "d.jsonl", [{"text": text} for text in TEXTS])
+    found = run(f"--model={tiny_llama}", f"--data={data}", "--max_length=16")
+    total, _, count = naive(tiny_llama, TEXTS, 16)
+    assert (found["tokens"], found["truncated"]) == (count, 2)
+    assert found["loss"] == pytest.approx(total / count, rel=1e-6)
+
+
+def test_completions_only_or_not(tiny_llama: Path, tmp_path: Path, run: Any) -> None:
+    rows = [{"prompt": "the thing", "completion": " in the end"}]
+    data = write(tmp_path / "d.jsonl", rows)
+    common = (f"--model={tiny_llama}", f"--data={data}")
+    only, whole = run(*common), run(*common, "--nocompletion_only")
+    assert 0 < only["tokens"] < whole["tokens"]
+
+
+def test_a_run_says_which_step(tiny_llama: Path, tmp_path: Path, run: Any) -> None:
+    folder = make_run(tmp_path / "run", tiny_llama, rank=2, steps=((7, None),))
+    data = write(tmp_path / "d.jsonl", [{"text": text} for text in TEXTS])
+    tuned = run(f"--workdir={folder}", f"--data={data}")
+    base = run(f"--model={tiny_llama}", f"--data={data}")
+    assert "step 7" in tuned["model"]
+    assert tuned["tokens"] == base["tokens"]
+    assert abs(tuned["loss"] - base["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ([], "nothing to evaluate on"),
+        (["--data=/no/such.jsonl"], "/no/such.jsonl"),
+        (["--data=DATA", "--max_length=9999"], "--max_length"),
+        (["--data=DATA", "--batch_size=0"], "--batch_size"),
+    ],
+)
+def test_refused(
+    flags: list[str], part: str, tiny_llama: Path, tmp_path: Path, run: Any
+) -> None:
+    data = write(tmp_path / "d.jsonl", [{"text": "the"}])
+    named = [flag.replace("DATA", data) for flag in flags]
+    assert part in run(f"--model={tiny_llama}", *named, code=2)["screen"]
