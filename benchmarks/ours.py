@@ -6,12 +6,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.turns import Request, Step, note_baseline, serve
+from ftjax import runtime
 
 
 def build(request: Request) -> tuple[Step, dict[str, str]]:
-    from ftjax import runtime
-
-    runtime.prepare()
     import flax
     import jax
 
@@ -57,7 +55,7 @@ def _train(request: Request) -> Step:
     config.optim.clip_norm = 0.0  # nobody clips here
     mesh = make_mesh()
     spec, params = _load(request, mesh)
-    model = Decoder(spec, dtype=np.float32, mesh=mesh)
+    model = Decoder(spec, dtype=np.float32, remat=config.model.remat, mesh=mesh)
     lora = None
     if request.task == "lora":
         config.method.rank, config.method.alpha = request.rank, request.alpha
@@ -85,7 +83,9 @@ def _batch(rows: list[list[int]]) -> dict[str, np.ndarray]:
     tokens = np.asarray([rows], np.int32)
     targets, weights = np.zeros_like(tokens), np.ones(tokens.shape, np.float32)
     targets[..., :-1], weights[..., -1] = tokens[..., 1:], 0
-    positions = np.broadcast_to(np.arange(tokens.shape[2], dtype=np.int32), tokens.shape)
+    positions = np.broadcast_to(
+        np.arange(tokens.shape[2], dtype=np.int32), tokens.shape
+    )
     return {
         "tokens": tokens,
         "targets": targets,
@@ -113,4 +113,5 @@ def _generate(request: Request) -> Step:
 
 
 if __name__ == "__main__":
+    runtime.prepare()
     serve(build)

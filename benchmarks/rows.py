@@ -1,12 +1,12 @@
 """A row's process, from the parent's side: start, take a turn, close."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import selectors
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,7 +43,7 @@ class Row:
 
     def start(self) -> None:
         """Imports and builds the model; returns when it waits for its first turn."""
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         request = json.dumps(dataclasses.asdict(self.request))
         try:
             self._process = subprocess.Popen(
@@ -104,10 +104,8 @@ class Row:
         """Ends the process: with its input, or else by force."""
         if self._process is not None:
             if self._process.stdin is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     self._process.stdin.close()
-                except BrokenPipeError:
-                    time.sleep(0)
             try:
                 self._process.wait(10)
             except subprocess.TimeoutExpired:

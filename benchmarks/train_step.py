@@ -4,9 +4,9 @@
         [--impl=ftjax,transformers,tunix] [--steps=5]
         [--python-torch=PATH] [--python-tunix=PATH]
 
-Prints one JSON line per row, then the ratios. Each row has a process of its own, so that
-memory and compile time are its own; the processes of one task take turns, step by step,
-so that a machine that slows down slows them all.
+Prints one JSON line per row, then the ratios. Each row has a process of its own, so
+that memory and compile time are its own; the processes of one task take turns, step by
+step, so that a machine that slows down slows them all.
 """
 
 import json
@@ -149,7 +149,7 @@ def _request(folder: Path, shape: Any, task: str) -> Request:
 
 
 def _chosen(args: flags.FlagValues, flag: str, known: list[str]) -> list[str]:
-    chosen = [str(name) for name in args[flag].value]
+    chosen = [str(name) for name in args[flag].value or ()]
     wrong = [name for name in chosen if name not in known]
     if wrong or not chosen:
         raise UserError(

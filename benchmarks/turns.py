@@ -1,8 +1,8 @@
 """What the process of a row does, in any implementation: one step at a time, when told.
 
-Only the standard library, since peers run in interpreters that have nothing of ours. The
-parent writes a line for each step that it wants and reads one line of JSON for each; so
-it can let several implementations take turns, step by step, on a machine whose speed
+Only the standard library, since peers run in interpreters that have nothing of ours.
+The parent writes a line for each step that it wants and reads a line of JSON for each,
+so it can let several implementations take turns, step by step, on a machine whose speed
 changes from minute to minute.
 """
 
@@ -98,13 +98,11 @@ def memory_mb(field: str) -> float:
 
     Not `ru_maxrss` where there is /proc: a child inherits that from its parent.
     """
-    try:
+    if os.path.exists("/proc/self/status"):
         with open("/proc/self/status", encoding="ascii") as file:
             for line in file:
                 if line.startswith(field + ":"):
                     return int(line.split()[1]) * 1024 / 1e6
-    except FileNotFoundError:
-        pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 

@@ -6,10 +6,12 @@ The architecture and the tokenizer are those in `ftjax/base`; the weights start 
 Its model card, `ftjax/base/README.md`, says what came out.
 """
 
+from ml_collections import ConfigDict
+
 from configs.common import base_config, parse_arg
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base_config(parse_arg(arg, model="base", method="full"))
     c.task = "generic"
     c.model.from_scratch = True

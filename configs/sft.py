@@ -7,14 +7,16 @@ Without a model and data it tunes the shipped base on questions about the standa
 library: `make demo`. method=full wants a smaller rate: --config.optim.lr=2e-5.
 """
 
+from ml_collections import ConfigDict
+
 from configs.common import base_config, parse_arg
 
 
-def get_config(arg: str = ""):
-    arg = parse_arg(arg, model="base", method="lora")
-    c = base_config(arg)
+def get_config(arg: str = "") -> ConfigDict:
+    chosen = parse_arg(arg, model="base", method="lora")
+    c = base_config(chosen)
     c.task = "sft"
     c.data.train = "pydoc:instructions[train]"
     c.data.eval = "pydoc:instructions[eval]"
-    c.optim.lr = 2e-4 if arg.method == "lora" else 2e-5
+    c.optim.lr = 2e-4 if chosen.method == "lora" else 2e-5
     return c

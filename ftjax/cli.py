@@ -213,7 +213,7 @@ def _define_config(args: Args, argv: list[str]) -> list[str]:
     for argument in rest:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if match and match[1] not in keys:
-            raise _unknown_key(match[1], keys)
+            raise _unknown_key(match[1], keys, made)
     config_flags.DEFINE_config_dict(
         "config", made, flag_values=args, sys_argv=["ftjax", *rest]
     )
@@ -251,16 +251,25 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", kind
 
 
-def _unknown_key(key: str, keys: dict[str, Any]) -> UserError:
+def _unknown_key(key: str, keys: dict[str, Any], config: Any) -> UserError:
     section, _, name = key.rpartition(".")
     near = [k for k in keys if k.rpartition(".")[2] == name]
     near += [k for k in difflib.get_close_matches(key, keys, 3, 0.6) if k not in near]
     siblings = [k for k in keys if k.rpartition(".")[0] == section]
+    got, fix = None, f"did you mean {' or '.join(near[:3])}?" if near else None
+    if siblings == [f"{section}.name"]:
+        # A section of nothing but its kind: the key is of another kind.
+        kind = config[section].name
+        got = f"{section}.name={kind!r}, which has no `{name}`"
+        fix = (
+            f"leave it out, or choose another {section}: --config=FILE.py:{section}=..."
+        )
     return UserError(
         "there is no such configuration key",
         where=f"--config.{key}",
         expected="one of " + ", ".join(siblings) if siblings else None,
-        fix=f"did you mean {' or '.join(near[:3])}?" if near else None,
+        got=got,
+        fix=fix,
     )
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ftjax import runtime
 from ftjax.losses.causal_lm import Sums
 from ftjax.weights import Array
 
@@ -61,7 +62,7 @@ def make_train_step(
         good = jnp.isfinite(norm) & jnp.isfinite(sums.loss) & (sums.weight > 0)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        kept = jax.tree.map(
+        trained, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
             (trained, opt_state),
             (state.trained, state.opt_state),
@@ -74,10 +75,28 @@ def make_train_step(
             "grad_norm": norm,
             "skipped": skipped,
         }
-        state = TrainState(state.step + 1, *kept, state.key, skipped)
+        state = TrainState(state.step + 1, trained, opt_state, state.key, skipped)
         return state, metrics
 
     return step
+
+
+def compile_lean(step: Any) -> Callable[[TrainState, PyTree, PyTree], Any]:
+    """A jitted step that gives the compiler's memory back before it first runs.
+
+    The most memory that a run takes is then that of the step, or of the compiler, and
+    not of both together.
+    """
+    compiled: dict[Any, Any] = {}
+
+    def run(state: TrainState, frozen: PyTree, batch: PyTree) -> Any:
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+        if shapes not in compiled:
+            compiled[shapes] = step.lower(state, frozen, batch).compile()
+            runtime.release_memory()
+        return compiled[shapes](state, frozen, batch)
+
+    return run
 
 
 def sum_micro_batches(

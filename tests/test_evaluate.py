@@ -39,8 +39,8 @@ def naive(folder: Path, texts: list[str], most: int = 512) -> tuple[float, int, 
     total, right, count = 0.0, 0, 0
     for text in texts:
         ids = tokenizer.encode([text], add_special=True)[0]
-        if ids[-1] != tokenizer.eos_id:
-            ids.append(tokenizer.eos_id)
+        assert tokenizer.eos_id is not None
+        ids += [tokenizer.eos_id] if ids[-1] != tokenizer.eos_id else []
         row = jnp.asarray([ids[:most]], jnp.int32)
         rest = (jnp.arange(row.shape[1])[None], jnp.ones_like(row))
         logits = policy.model.apply(policy.variables, row, *rest, method="logits")[0]

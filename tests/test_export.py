@@ -22,7 +22,11 @@ TEXT_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 @pytest.fixture(scope="module")
 def run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    values = {"rank": 3, "rank_pattern": "down_proj=2", "alpha_pattern": "k_proj=5"}
+    values: dict[str, Any] = {
+        "rank": 3,
+        "rank_pattern": "down_proj=2",
+        "alpha_pattern": "k_proj=5",
+    }
     folder = tmp_path_factory.mktemp("runs") / "lora"
     return make_run(folder, tiny_llama, steps=((20, 1.0), (30, 2.0)), **values)
 
@@ -38,7 +42,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
-def logits(**source: str) -> np.ndarray:
+def logits(**source: Any) -> np.ndarray:
     policy = open_policy(**source)
     tokens = jnp.asarray([IDS], jnp.int32)
     rows = (tokens, jnp.arange(len(IDS))[None], jnp.ones_like(tokens))

@@ -113,12 +113,15 @@ def test_chat_on_the_terminal(
 ) -> None:
     policy = open_policy(model=str(tiny_llama))
     made = Generator(policy.base.spec, policy.variables, dtype=jnp.float32)
-    seen = []
+    seen: list[int] = []
     tokenizer = policy.base.tokenizer
     encode = tokenizer.encode_chat
-    monkeypatch.setattr(
-        tokenizer, "encode_chat", lambda m: seen.append(len(m)) or encode(m)
-    )
+
+    def note(messages: list[dict[str, Any]]) -> list[int]:
+        seen.append(len(messages))
+        return encode(messages)
+
+    monkeypatch.setattr(tokenizer, "encode_chat", note)
     lines = iter(["the", "", "on", "/reset", "in", "the " * 600, "/quit", "unread"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     generate.talk(made, tokenizer, 5, Sampling(), chat=True)

@@ -63,7 +63,9 @@ def test_base_hash_is_of_the_weights_alone(tiny_llama: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("named", ["neither", "both"])
 def test_one_of_model_and_workdir(named: str, tiny_llama: Path, run: Path) -> None:
-    both = {"model": str(tiny_llama), "workdir": str(run)} if named == "both" else {}
+    both: dict[str, Any] = {}
+    if named == "both":
+        both = {"model": str(tiny_llama), "workdir": str(run)}
     with pytest.raises(UserError, match="say what to use"):
         open_policy(**both)
 
@@ -99,9 +101,11 @@ def test_an_adapter_on_its_base_equals_the_run(
     run: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
     policy = open_policy(workdir=str(run), **quiet)
+    assert policy.plan is not None
     found = base_hash(policy.base)
     save_adapter(tmp_path / "a", policy.variables["lora"], policy.plan, "x", found)
-    for source in ({"model": str(tiny_llama)}, {"workdir": str(run)}):
+    sources: list[dict[str, Any]] = [{"model": str(tiny_llama)}, {"workdir": str(run)}]
+    for source in sources:
         again = open_policy(**source, adapter=str(tmp_path / "a"), **quiet)
         np.testing.assert_array_equal(logits(again), logits(policy))
     merged = {"params": merge(policy.variables["params"], policy.variables["lora"])}
@@ -114,6 +118,7 @@ def test_an_adapter_on_its_base_equals_the_run(
 def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path) -> None:
     other = make_tiny_checkpoint(tmp_path / "other", seed=1)
     policy = open_policy(workdir=str(run), **quiet)
+    assert policy.plan is not None
     lora, found = policy.variables["lora"], base_hash(policy.base)
     save_adapter(tmp_path / "a", lora, policy.plan, "x", found)
     with pytest.raises(UserError, match="another base: same shapes, other weights"):

@@ -36,6 +36,7 @@ def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
     batch["weights"] = jax.ShapeDtypeStruct(row.shape, jnp.float32)
     step = jax.jit(make_train_step(make_loss(model, 32), tx), donate_argnums=0)
     found = step.lower(state, frozen, batch).compile().memory_analysis()
+    assert found is not None
     real = (
         found.argument_size_in_bytes
         + found.output_size_in_bytes

@@ -148,10 +148,11 @@ def test_stream_gives_the_same_tokens(generator: Generator) -> None:
 
 
 def test_near_lengths_do_not_compile_again(generator: Generator) -> None:
+    jitted: list[Any] = [rollout._decode, rollout._prefill]
     generator.generate([[1, 2, 3]], 10)
-    before = rollout._decode._cache_size(), rollout._prefill._cache_size()
+    before = [f._cache_size() for f in jitted]
     generator.generate([[4] * 30], 33)
-    assert before == (rollout._decode._cache_size(), rollout._prefill._cache_size())
+    assert before == [f._cache_size() for f in jitted]
 
 
 def test_sampling_is_a_function_of_the_seed_and_the_row(generator: Generator) -> None:

@@ -17,7 +17,18 @@ TIMES = ("time", "tokens_per_s")
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    words = "a quick brown fox jumps over the lazy dog and then it sleeps".split()
+    words = [
+        "a",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "the",
+        "lazy",
+        "dog",
+        "sleeps",
+    ]
     lines = [
         {
             "prompt": f"Say {i}: " + " ".join(words[: 1 + i % 5]),

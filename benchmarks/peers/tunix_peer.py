@@ -1,4 +1,4 @@
-"""google-tunix: its Llama, its trainer's jitted step, its sampler; LoRA through qwix."""
+"""google-tunix: its Llama, its trainer's jitted step, its sampler; LoRA by qwix."""
 
 import json
 import os
@@ -61,9 +61,7 @@ def _train(request: Request, llama: Any, config: Any, mesh: Any) -> Step:
             module_path=PROJECTIONS, rank=request.rank, alpha=request.alpha
         )
         with mesh:
-            llama = qwix.apply_lora_to_model(
-                llama, provider, **llama.get_model_input()
-            )
+            llama = qwix.apply_lora_to_model(llama, provider, **llama.get_model_input())
     optimizer = optax.adamw(request.learning_rate, weight_decay=0.0)
     trainer = PeftTrainer(llama, optimizer, TrainingConfig(eval_every_n_steps=10**9))
 

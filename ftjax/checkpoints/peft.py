@@ -281,6 +281,9 @@ def _check_targets(
     targets = config.get("target_modules")
     if targets is None:
         raise refuse(where, "target_modules", None, "a list of module names")
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(targeted([target], name, where) for name in layers):
+            raise refuse(where, "target_modules", target, "projections in the layers")
     kept = config.get("layers_to_transform")
     kept = [kept] if isinstance(kept, int) else kept
     wanted = {

@@ -46,9 +46,8 @@ def chunked_nll(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(chunk: int, hidden: Array, head: Array, targets: Array, weights: Array) -> Any:
-    return _walk(chunk, hidden, head, targets, weights, to_hidden=False, to_head=False)[
-        0
-    ]
+    wanted = {"to_hidden": False, "to_head": False}
+    return _walk(chunk, hidden, head, targets, weights, **wanted)[0]
 
 
 def _forward(chunk: int, hidden: Any, head: Any, targets: Any, weights: Any) -> Any:
@@ -66,9 +65,9 @@ def _backward(chunk: int, saved: Any, cotangents: Any) -> Any:
         return None, None, None, None
     dhidden, dhead = saved
     if dhidden is not None:
-        dhidden = (dhidden * g.astype(dhidden.dtype)).astype(dhidden.dtype)
+        dhidden = dhidden * g.astype(dhidden.dtype)
     if dhead is not None:
-        dhead = dhead * g
+        dhead = dhead * g.astype(dhead.dtype)
     return dhidden, dhead, None, None
 
 
@@ -88,69 +87,100 @@ def _walk(
     """(sum, correct, logp), and the gradients of the sum that were asked for."""
     batch, length, dim = hidden.shape
     chunk = min(chunk, length)
-    padded = -(-length // chunk) * chunk
-    pad = ((0, 0), (0, padded - length))
-    targets, weights = jnp.pad(targets, pad), jnp.pad(weights, pad)
-    # Weighted positions first, in order; the same permutation undone at the end.
-    order = jnp.argsort(weights == 0, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)[:, :length]
-    hidden_in = _rows(jnp.pad(hidden, (*pad, (0, 0))), order)
-    targets = jnp.take_along_axis(targets, order, axis=1)
-    weights = jnp.take_along_axis(weights, order, axis=1)
-    count = jnp.max(jnp.sum(weights != 0, axis=1))
+    rows, back = _weighted_first(chunk, hidden, targets, weights)
+    count = jnp.max(jnp.sum(rows.weights != 0, axis=1))
     matrix = head.astype(hidden.dtype)
 
     def body(i: Array, carry: Any) -> Any:
         total, correct, logp, dhidden, dhead = carry
-        cut = partial(_slice, start=i * chunk, size=chunk)
-        h, t, w = cut(hidden_in), cut(targets), cut(weights)
-        logits = jnp.einsum(
-            "BCD,DV->BCV", h, matrix, preferred_element_type=jnp.float32
-        )
-        top = jnp.max(logits, axis=-1, keepdims=True)
-        exps = jnp.exp(logits - top)
-        norm = jnp.sum(exps, axis=-1, keepdims=True)
-        at = jnp.take_along_axis(logits, t[..., None], axis=-1)
-        lp = (at - top - jnp.log(norm))[..., 0]
-        total = total - jnp.sum(w * lp)
-        correct = correct + jnp.sum(w * (at == top)[..., 0].astype(w.dtype))
-        lp = jnp.where(w != 0, lp, 0)
-        logp = jax.lax.dynamic_update_slice_in_dim(logp, lp, i * chunk, axis=1)
-        if to_hidden or to_head:
-            vocab = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-            hit = (vocab == t[..., None]).astype(jnp.float32)
-            error = (exps * (w[..., None] / norm) - hit * w[..., None]).astype(h.dtype)
+        part = _Rows(*(_cut(array, i, chunk) for array in rows))
+        found, error = _chunk(part, matrix, with_error=to_hidden or to_head)
         if to_hidden:
             dh = jnp.einsum("BCV,DV->BCD", error, matrix)
-            dhidden = jax.lax.dynamic_update_slice_in_dim(
-                dhidden, dh, i * chunk, axis=1
-            )
+            dhidden = _paste(dhidden, dh, i)
         if to_head:
             dhead = dhead + jnp.einsum(
-                "BCD,BCV->DV", h, error, preferred_element_type=jnp.float32
+                "BCD,BCV->DV", part.hidden, error, preferred_element_type=jnp.float32
             )
-        return total, correct, logp, dhidden, dhead
+        logp = _paste(logp, found.logp_BT, i)
+        return total + found.sum, correct + found.correct, logp, dhidden, dhead
 
+    padded, zero = rows.weights.shape[1], jnp.zeros((), jnp.float32)
     start = (
-        jnp.zeros((), jnp.float32),
-        jnp.zeros((), jnp.float32),
+        zero,
+        zero,
         jnp.zeros((batch, padded), jnp.float32),
         jnp.zeros((batch, padded, dim), hidden.dtype) if to_hidden else None,
         jnp.zeros(head.shape, jnp.float32) if to_head else None,
     )
-    total, correct, logp, dhidden, dhead = jax.lax.fori_loop(
-        0, -(-count // chunk), body, start
-    )
+    done = jax.lax.fori_loop(0, -(-count // chunk), body, start)
+    total, correct, logp, dhidden, dhead = done
     logp = jnp.take_along_axis(logp, back, axis=1)
-    dhidden = _rows(dhidden, back) if to_hidden else None
+    dhidden = _reorder(dhidden, back) if to_hidden else None
     dhead = dhead.astype(head.dtype) if to_head else None
     return (total, correct, logp), (dhidden, dhead)
 
 
-def _slice(array: Array, *, start: Array, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
+class _Rows(NamedTuple):
+    hidden: Array  # [B, C, D]
+    targets: Array  # [B, C]
+    weights: Array  # [B, C]
 
 
-def _rows(array_BTD: Array, order_BT: Array) -> Array:
+def _weighted_first(
+    chunk: int, hidden: Array, targets: Array, weights: Array
+) -> tuple[_Rows, Array]:
+    """Each row with its weighted positions first, padded to whole chunks.
+
+    Also the order [B, T] that undoes this.
+    """
+    length = hidden.shape[1]
+    pad = ((0, 0), (0, -length % chunk))
+    targets, weights = jnp.pad(targets, pad), jnp.pad(weights, pad)
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)[:, :length]
+    rows = _Rows(
+        _reorder(jnp.pad(hidden, (*pad, (0, 0))), order),
+        jnp.take_along_axis(targets, order, axis=1),
+        jnp.take_along_axis(weights, order, axis=1),
+    )
+    return rows, back
+
+
+def _chunk(rows: _Rows, matrix: Array, *, with_error: bool) -> tuple[NLL, Any]:
+    """The sums of one chunk, and the gradient of their logits [B, C, V]."""
+    hidden, targets, weights = rows
+    logits = jnp.einsum(
+        "BCD,DV->BCV", hidden, matrix, preferred_element_type=jnp.float32
+    )
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exps = jnp.exp(logits - top)
+    norm = jnp.sum(exps, axis=-1, keepdims=True)
+    at = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    logp = (at - top - jnp.log(norm))[..., 0]
+    hits = (at == top)[..., 0].astype(weights.dtype)
+    found = NLL(
+        -jnp.sum(weights * logp),
+        jnp.sum(weights * hits),
+        jnp.where(weights != 0, logp, 0),
+    )
+    if not with_error:
+        return found, None
+    vocab = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    hit = (vocab == targets[..., None]).astype(jnp.float32)
+    error = exps * (weights[..., None] / norm) - hit * weights[..., None]
+    return found, error.astype(hidden.dtype)
+
+
+def _cut(array: Array, index: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis=1)
+
+
+def _paste(array: Array, part: Array, index: Array) -> Array:
+    start = index * part.shape[1]
+    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=1)
+
+
+def _reorder(array_BTD: Array, order_BT: Array) -> Array:
     """Reorders the positions of each row."""
     return jnp.take_along_axis(array_BTD, order_BT[..., None], axis=1)

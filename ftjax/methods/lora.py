@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -236,8 +235,12 @@ def init_lora(plan: LoraPlan, seed: int, init: str = "kaiming") -> Any:
         scale = np.asarray(plan_at.scales, np.float32)
         if site.layers is None:
             a, b, scale = a[0], b[0], scale[0]
-        put(tree, path, {"w": Delta(a, b, scale, plan.dropout)})
-    return jax.tree.map(jnp.asarray, tree)
+        put(tree, path, {"w": _delta(a, b, scale, plan.dropout)})
+    return tree
+
+
+def _delta(a: np.ndarray, b: np.ndarray, scale: np.ndarray, dropout: float) -> Delta:
+    return Delta(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), dropout)
 
 
 def lora_axes(plan: LoraPlan) -> Any:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftjax.gradients import keep, settled
 from ftjax.models.spec import Rope
 from ftjax.weights import Array
 
@@ -26,7 +27,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     'llama3' and 'yarn' as transformers' `modeling_rope_utils` defines them.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    freq = (1.0 / (rope.theta**exponent.astype(np.float64))).astype(np.float32)
+    freq = (1.0 / (rope.theta ** exponent.astype(np.float64))).astype(np.float32)
     if rope.kind == "linear":
         return freq / np.float32(rope.factor)
     if rope.kind == "llama3":
@@ -76,6 +77,26 @@ def rotate(x_BTNH: Array, cos_BTh: Array, sin_BTh: Array) -> Array:
     cos, sin = (a[:, :, None, :].astype(x_BTNH.dtype) for a in (cos_BTh, sin_BTh))
     a, b = x_BTNH[..., :half], x_BTNH[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+@jax.custom_vjp
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up (arXiv 2002.05202); keeps its two arguments and nothing else."""
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+def _swiglu_forward(gate: Array, up: Array) -> tuple[Array, Any]:
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(saved: Any, dy: Array) -> tuple[Array, Array]:
+    gate, up = saved
+    s = jax.nn.sigmoid(gate)
+    silu = gate * s
+    return dy * up * (s + silu * (1 - s)), dy * silu
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def packed_mask(segments_BT: Array) -> Array:
@@ -185,7 +206,9 @@ def _causal_forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, A
         _attend(q[..., i:j, :], k[..., :j, :], v[..., :j, :], mask[:, i:j, :j])
         for i, j in _blocks(q.shape[3])
     ]
-    out, lse = (jnp.concatenate(part, axis=3) for part in zip(*parts, strict=True))
+    out, lse = (
+        keep(jnp.concatenate(part, axis=3)) for part in zip(*parts, strict=True)
+    )
     return out, (q, k, v, mask, out, lse)
 
 
@@ -196,8 +219,8 @@ def _causal_backward(saved: Any, dout: Array) -> tuple[Array, Array, Array, None
         (dout * out).astype(jnp.float32), axis=-1, keepdims=True, dtype=jnp.float32
     )
     scale = np.asarray(q.shape[-1] ** -0.5, q.dtype)
-    dk, dv = jnp.zeros_like(k[:, :, 0]), jnp.zeros_like(v[:, :, 0])
-    dq = []
+    shape_BKHS = tuple(k.shape[i] for i in (0, 1, 4, 3))
+    dk, dv, dq = jnp.zeros(shape_BKHS, k.dtype), jnp.zeros(shape_BKHS, v.dtype), []
     for i, j in _blocks(q.shape[3]):
         kj, vj = k[:, :, 0, :j], v[:, :, 0, :j]
         q_part, do = q[..., i:j, :], _flat(dout[..., i:j, :])
@@ -205,11 +228,16 @@ def _causal_backward(saved: Any, dout: Array) -> tuple[Array, Array, Array, None
         dp = jnp.einsum("bkth,bksh->bkts", do, vj, preferred_element_type=jnp.float32)
         ds = p * (dp.reshape(p.shape) - inner[..., i:j, :])
         p, ds = _flat(p.astype(q.dtype)), _flat(ds.astype(q.dtype))
-        dv = dv.at[:, :, :j].add(jnp.einsum("bkts,bkth->bksh", p, do))
-        dk = dk.at[:, :, :j].add(jnp.einsum("bkts,bkth->bksh", ds, _flat(q_part)))
+        dv = dv.at[..., :j].add(_sum_over_queries(do, p))
+        dk = dk.at[..., :j].add(_sum_over_queries(_flat(q_part), ds))
         dq.append(jnp.einsum("bkts,bksh->bkth", ds, kj).reshape(q_part.shape))
-    dq = jnp.concatenate(dq, axis=3) * scale
-    return dq, (dk * scale)[:, :, None], dv[:, :, None], None
+    dk, dv = (d.swapaxes(2, 3)[:, :, None] for d in (dk * scale, dv))
+    return jnp.concatenate(dq, axis=3) * scale, dk, dv, None
+
+
+def _sum_over_queries(x_BKtH: Array, p_BKts: Array) -> Array:
+    """[B, K, H, s], with the narrower of the two transposed."""
+    return jnp.einsum("bkht,bkts->bkhs", settled(x_BKtH.swapaxes(2, 3)), p_BKts)
 
 
 def _flat(x_BKGTs: Array) -> Array:

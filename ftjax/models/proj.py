@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ftjax.gradients import keep, project
 from ftjax.weights import Array, Delta
 
 Path = tuple[str, ...]
@@ -45,15 +46,20 @@ class Proj(nn.Module):
             self.b = self.param("b", zeros, self.shape[inputs:])
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.einsum(self.eqn, x, self.w.astype(x.dtype))
+        w = self.w.astype(x.dtype)
         delta: Delta | None = self.get_variable("lora", "w")
-        if delta is not None:
-            train = delta.dropout > 0 and self.has_rng("dropout")
-            y = y + delta(self.eqn, x, self.make_rng("dropout") if train else None)
+        drops = delta is not None and delta.dropout > 0 and self.has_rng("dropout")
+        if delta is not None and x.dtype == jnp.float32 and not drops:
+            y = delta.folded(self.eqn, x, w)
+        else:
+            y = project(self.eqn, x, w)
+            if delta is not None:
+                key = self.make_rng("dropout") if drops else None
+                y = y + delta(self.eqn, x, key)
         if self.bias:
             b = self.b.astype(x.dtype)
             y = y + jnp.expand_dims(b, tuple(range(y.ndim - b.ndim)))
-        return y
+        return keep(y)
 
 
 def site_inputs(eqn: str) -> int:

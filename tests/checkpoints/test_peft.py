@@ -96,6 +96,7 @@ def test_an_adapter_at_its_start_is_zero() -> None:
         ({"r": "four"}, "adapter_config.json: r"),
         ({"target_modules": ["q_proj"]}, "target_modules"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "target_modules"),
+        ({"target_modules": ["q_proj", "v_proj", "embed_tokens"]}, "embed_tokens"),
         ({"rank_pattern": {"q_proj": 3}}, "q_proj.lora_A.weight"),
         ({"rank_pattern": {"(": 3}}, "regular expression"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),

@@ -58,7 +58,7 @@ def test_values_that_cannot_be(flag: str, parts: tuple[str, ...]) -> None:
 
 def test_a_rank_for_full_fine_tuning() -> None:
     check(NO_MODEL, NO_MODEL, "--config.method.rank=8", method="full").refused(
-        "--config.method.rank", "method.name"
+        "--config.method.rank", "method.name='full', which has no `rank`"
     )
 
 
@@ -132,7 +132,11 @@ def test_a_directory_with_another_run(
     workdir = copy_model(finished, tmp_path / "run")
     before = contents(workdir)
     flags = options(
-        tiny, pairs, "--config.optim.lr=0.5", "--config.method.rank=4", "--config.seed=7"
+        tiny,
+        pairs,
+        "--config.optim.lr=0.5",
+        "--config.method.rank=4",
+        "--config.seed=7",
     )
     run_cli("train", *flags, f"--workdir={workdir}").refused(
         "another configuration",

@@ -211,9 +211,7 @@ PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif
     ],
     ids=["drops", "reorders"],
 )
-def test_a_template_that_loses_turns(
-    template: str, tiny: Path, tmp_path: Path
-) -> None:
+def test_a_template_that_loses_turns(template: str, tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "odd.jinja"
     file.write_text(template)
     data = write_rows(tmp_path / "d.jsonl", [{"messages": TALK}] * 4)

@@ -91,9 +91,7 @@ def test_an_adapter_on_another_base_of_the_same_shapes(
         wanted = file.metadata()["ftjax_base_hash"]
     flags = (f"--adapter={adapter}", "--prompt=a", "--max_new_tokens=1")
     result = run_cli("generate", f"--model={other}", *flags)
-    result.refused(
-        "trained on another base", str(adapter), wanted[:16], f"in {other}"
-    )
+    result.refused("trained on another base", str(adapter), wanted[:16], f"in {other}")
     [got] = (line for line in result.err.splitlines() if "got:" in line)
     assert wanted[:16] not in got
     run_cli("generate", f"--model={tiny}", *flags).ok()

@@ -62,9 +62,7 @@ def test_a_wrong_shape(model: Path, pairs: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cut", "short", "empty", "long"])
-def test_a_weight_file_of_the_wrong_length(
-    kind: str, model: Path, pairs: Path
-) -> None:
+def test_a_weight_file_of_the_wrong_length(kind: str, model: Path, pairs: Path) -> None:
     file = model / FILE
     data = file.read_bytes()
     size = len(data)
@@ -171,9 +169,7 @@ def test_keys_that_change_the_maths(
     check(model, pairs).refused(str(model), *parts)
 
 
-def test_weights_that_are_not_numbers(
-    model: Path, pairs: Path, tmp_path: Path
-) -> None:
+def test_weights_that_are_not_numbers(model: Path, pairs: Path, tmp_path: Path) -> None:
     values = weights(model)[UP]
     values[3, 5:8] = np.nan
     values[9, 9] = np.inf

@@ -131,9 +131,7 @@ def test_kill_at_random_moments(
     kept.same()
 
 
-def endless(
-    tiny: Path, pairs: Path, env: dict[str, str], workdir: Path
-) -> Running:
+def endless(tiny: Path, pairs: Path, env: dict[str, str], workdir: Path) -> Running:
     flags = options(tiny, pairs, *ENDLESS, f"--workdir={workdir}")
     return start_cli("train", *flags, log=workdir.with_suffix(".log"), env=env)
 

@@ -147,9 +147,7 @@ def test_code_of_a_model(
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
-def test_code_of_a_tokenizer(
-    file: str, model: Path, pairs: Path, canary: Path
-) -> None:
+def test_code_of_a_tokenizer(file: str, model: Path, pairs: Path, canary: Path) -> None:
     plant_code(model, canary)
     auto_map = {"AutoTokenizer": ["tokenization_x.X", "tokenization_x.X"]}
     edit_json(model / file, auto_map=auto_map, trust_remote_code=True)

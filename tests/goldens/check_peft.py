@@ -13,6 +13,8 @@ configuration, shapes and logits: `tests/checkpoints/test_peft.py` loads them ag
 import json
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +202,7 @@ def random_adapter(spec: Any, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
         noise = rng.normal(0, 0.3, delta.b.shape).astype(np.float32)
         used = jnp.any(delta.a != 0, axis=tuple(range(1, delta.a.ndim - 1)))  # [L, r]
         used = used.reshape(*used.shape, *[1] * (delta.b.ndim - 2))
-        return delta.replace(b=jnp.where(used, jnp.asarray(noise), 0))
+        return replace(delta, b=jnp.where(used, jnp.asarray(noise), 0))
 
     start = init_lora(plan, 0)
     lora = jax.tree.map(fill, start, is_leaf=lambda leaf: isinstance(leaf, Delta))
@@ -253,4 +255,9 @@ def _logits(model: Any) -> np.ndarray:
 
 if __name__ == "__main__":
     command, *rest = sys.argv[1:]
-    {"golden": golden, "ours": ours, "theirs": theirs}[command](*map(Path, rest))
+    commands: dict[str, Callable[..., None]] = {
+        "golden": golden,
+        "ours": ours,
+        "theirs": theirs,
+    }
+    commands[command](*map(Path, rest))

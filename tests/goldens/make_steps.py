@@ -133,15 +133,14 @@ def main() -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"peft {peft.__version__}"
     )
+    methods = {method: run(method) for method in ("full", "lora")}
     golden = {
         "made_with": versions,
         "config": CONFIG,
-        "methods": {method: run(method) for method in ("full", "lora")},
+        "methods": methods,
     }
     OUT.write_text(json.dumps(golden, indent=1) + "\n")
-    print(
-        versions, golden["methods"]["full"]["loss"], golden["methods"]["lora"]["loss"]
-    )
+    print(versions, methods["full"]["loss"], methods["lora"]["loss"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""A projection's product, with its gradients written out.
+
+What JAX derives is right, but it leaves the order of each product to XLA, whose CPU
+backend then transposes the larger operand, a pass over memory that costs more than the
+product. Here the smaller one is transposed, and a low-rank update gets its gradients by
+way of the rank: the full gradient of a frozen weight is never made.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+Array = jax.Array
+
+KEPT = "kept"
+
+
+def keep(x: Array) -> Array:
+    """Marks what the backward pass is to find, where the rest is computed again."""
+    return checkpoint_name(x, KEPT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(eqn: str, x: Array, w: Array) -> Array:
+    """`einsum(eqn, x, w)`, such as 'BTD,DNH->BTNH'.
+
+    Args:
+      eqn: x ends with the inputs; w names its inputs first, then its outputs.
+      x: [..., *inputs].
+      w: [*inputs, *outputs]; its gradient is not computed where nobody wants it.
+    """
+    return jnp.einsum(eqn, x, w)
+
+
+def _project_forward(eqn: str, x: Any, w: Any) -> tuple[Array, Any]:
+    saved = x.value if w.perturbed else None, w.value if x.perturbed else None
+    return jnp.einsum(eqn, x.value, w.value), saved
+
+
+def _project_backward(eqn: str, saved: Any, dy: Any) -> tuple[Any, Any]:
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    x, w = saved
+    dx = None if w is None else jnp.einsum(_to_inputs(eqn), dy, w)
+    return dx, None if x is None else _to_weight(eqn, x, dy)
+
+
+project.defvjp(_project_forward, _project_backward, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project_updated(
+    eqn: str, x: Array, w: Array, a: Array, b: Array, scale: Array
+) -> Array:
+    """`einsum(eqn, x, w + scale * a.b)`: LoRA as one product instead of three.
+
+    Beside `x.w` there are no passes over the outputs for the update. With many tokens
+    that saves more than adding a.b to the weight costs, in either pass.
+
+    Args:
+      eqn: as in `project`.
+      x: [..., *inputs].
+      w: [*inputs, *outputs], in a precision in which small updates are not lost.
+      a: [*inputs, rank].
+      b: [rank, *outputs].
+      scale: [], a constant.
+    """
+    return jnp.einsum(eqn, x, _updated(w, a, b, scale))
+
+
+def _updated_forward(eqn: str, *args: Any) -> tuple[Array, Any]:
+    values = tuple(arg.value for arg in args)
+    # A key of the tree and not a value: it must be known when tracing.
+    saved = (values, {"to_weight": ()} if args[1].perturbed else {})
+    return project_updated(eqn, *values), saved
+
+
+def _updated_backward(eqn: str, saved: Any, dy: Any) -> Any:
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        return (None,) * 5
+    (x, w, a, b, scale), wanted = saved
+    dx = jnp.einsum(_to_inputs(eqn), dy, _updated(w, a, b, scale))
+    rank = a.shape[-1]
+    x_TI, dy_TO = _matrix(x, w.ndim - b.ndim + 1), _matrix(dy, b.ndim - 1)
+    h_Tr = x_TI @ a.reshape(-1, rank) * scale
+    dh_Tr = dy_TO @ b.reshape(rank, -1).T * scale
+    da, db = _over_tokens(x_TI, dh_Tr), _over_tokens(h_Tr, dy_TO)
+    dw = _to_weight(eqn, x, dy) if wanted else None
+    return dx, dw, da.reshape(a.shape), db.reshape(b.shape), None
+
+
+project_updated.defvjp(_updated_forward, _updated_backward, symbolic_zeros=True)
+
+
+def _updated(w: Array, a: Array, b: Array, scale: Array) -> Array:
+    rank = a.shape[-1]
+    return w + scale * (a.reshape(-1, rank) @ b.reshape(rank, -1)).reshape(w.shape)
+
+
+def _to_inputs(eqn: str) -> str:
+    x, w, y = eqn.replace("->", ",").split(",")
+    return f"{y},{w}->{x}"
+
+
+def _to_weight(eqn: str, x: Array, dy: Array) -> Array:
+    """The gradient of the weight: [*inputs, *outputs]."""
+    names, w, _ = eqn.replace("->", ",").split(",")
+    inputs = sum(c in names for c in w)
+    outputs = len(w) - inputs
+    dw_IO = _over_tokens(_matrix(x, inputs), _matrix(dy, outputs))
+    return dw_IO.reshape(*x.shape[x.ndim - inputs :], *dy.shape[dy.ndim - outputs :])
+
+
+def _matrix(x: Array, last: int) -> Array:
+    """[tokens, features], of an array whose `last` axes are the features."""
+    return x.reshape(-1, math.prod(x.shape[x.ndim - last :]))
+
+
+def _over_tokens(x_TI: Array, y_TO: Array) -> Array:
+    """x^T y, with the narrower of the two transposed: [I, O]."""
+    if x_TI.shape[1] <= y_TO.shape[1]:
+        return settled(x_TI.T) @ y_TO
+    return settled(settled(y_TO.T) @ x_TI).T
+
+
+def settled(x: Array) -> Array:
+    """Keeps XLA's CPU from folding a transpose into a product that is slow that way.
+
+    Elsewhere products take their operands as they lie.
+    """
+    if jax.default_backend() != "cpu":
+        return x
+    return jax.lax.optimization_barrier(x)
