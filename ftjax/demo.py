@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from configs import sft
-from ftjax import cli
+from ftjax import cli, runtime
 from ftjax.console import say, table
 from ftjax.metrics import SAMPLES, read_rows
 
@@ -89,4 +89,5 @@ def define(args: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
+    runtime.prepare()
     cli.entry(main, define)

@@ -106,7 +106,7 @@ def is_chat(template: str, policy: Policy) -> bool:
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
     if chat:
         return tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    return tokenizer.encode([prompt], add_special=True)[0]
+    return tokenizer.encode_prompt(prompt)
 
 
 def _result(

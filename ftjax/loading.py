@@ -265,7 +265,6 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         like = _like(abstract_params(decoder), params_axes(decoder), mesh)
         trained = saved.restore(step, {"trained": {"params": like}}, partial=True)
         variables = jax.tree.map(lambda w: w.astype(dtype), trained["trained"])
-    chat = meta.get("chat")
     return Policy(
         base,
         decoder,
@@ -274,7 +273,7 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         f"run {workdir}, step {step} ({which})",
         base.spec.max_positions,
         step,
-        _first_row_is_chat(config, base) if chat is None else bool(chat),
+        bool(meta.get("chat")),
     )
 
 
@@ -342,17 +341,3 @@ def _check_hash(expected: str | None, base: Base, where: str) -> None:
             got=f"{found[:16]} in {base.dir}",
             fix="pass the base that it was trained on",
         )
-
-
-def _first_row_is_chat(config: dict[str, Any], base: Base) -> bool:
-    """Whether the first row that the run was trained on is a conversation."""
-    from ftjax.data.schema import Conversation, normalise
-    from ftjax.data.sources import read_rows
-
-    try:
-        row = next(iter(read_rows(config["data"]["train"], split="train")), None)
-        has_template = base.tokenizer.template is not None
-        sample = normalise(row, has_template).sample if row is not None else None
-    except UserError:
-        return False
-    return isinstance(sample, Conversation)

@@ -49,22 +49,28 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
         "gradients": masters * (2 if config.train.accumulate > 1 else 1),
         "optimizer": MOMENTS * masters,
         "activations": tokens * item * kept_per_token(shape.model.spec, config),
+        "a layer at work": tokens * item * _layer(shape.model.spec)["none"],
         "head, a chunk at a time": _head(config, shape, rows / mesh.size, length),
     }
     return {**sizes, "total": sum(sizes.values())}
 
 
-def kept_per_token(spec: ModelSpec, config: Any) -> int:
-    """Numbers per token that the layers keep for the backward pass."""
+def _layer(spec: ModelSpec) -> dict[str, int]:
+    """Numbers per token that a layer keeps for the backward pass, by remat policy."""
     query, key = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-    layer = {
+    return {
         # the input of the layer
         "full": spec.d_model,
-        # and the results of the projections
-        "dots": 3 * spec.d_model + query + 2 * key + 2 * spec.d_ff,
-        # and norms, rotated queries and keys, attention and the gated product
+        # and the results of the projections and of the attention
+        "dots": 3 * spec.d_model + 2 * query + 2 * key + 2 * spec.d_ff,
+        # and norms, rotated queries and keys, and the gated product
         "none": 6 * spec.d_model + 4 * query + 4 * key + 4 * spec.d_ff,
-    }[config.model.remat]
+    }
+
+
+def kept_per_token(spec: ModelSpec, config: Any) -> int:
+    """Numbers per token that all layers keep."""
+    layer = _layer(spec)[config.model.remat]
     rank = config.method.rank * 7 if config.method.name == "lora" else 0
     kept = layer + (0 if config.model.remat == "full" else rank)
     return spec.n_layers * kept + 4 * spec.d_model

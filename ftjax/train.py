@@ -6,6 +6,12 @@
 The same command in the same directory continues where it stopped.
 """
 
+# ruff: noqa: E402
+from ftjax import runtime
+
+if __name__ == "__main__":
+    runtime.prepare()  # before the imports that take time: it may start over
+
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +29,7 @@ from ftjax.console import Progress, say
 from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
 from ftjax.evals.causal import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
-from ftjax.loading import Base, base_hash
+from ftjax.loading import Base, base_hash, public_name
 from ftjax.losses.causal_lm import Sums, causal_lm
 from ftjax.metrics import MetricLog
 from ftjax.models.decoder import Decoder, hidden_and_head
@@ -33,10 +39,11 @@ from ftjax.report import write_report
 from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding, put_batch, replicated
 from ftjax.signals import StopRequest
-from ftjax.step import Loss, TrainState, init_state, make_train_step
+from ftjax.step import Loss, TrainState, compile_lean, init_state, make_train_step
 from ftjax.workdir import Workdir, compare_values
 
 PyTree = Any
+NEW: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "best": None}  # of a run's meta
 
 
 def main(args: flags.FlagValues) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         folder.save_config(settings)  # no bad input can be found from here on
         tx = make_optimizer(config.optim, steps)
         state = on_mesh(init_state(trained, tx, config.seed), mesh)
-        meta: dict[str, Any] = {**identity, "tokens": 0, "seconds": 0.0, "best": None}
+        meta = {**identity, "chat": data.train.report.conversations > 0} | NEW
         if first:
             meta = checkpoints.meta(first)
             state = checkpoints.restore(first, state)
@@ -190,9 +197,9 @@ def make_loss(model: Decoder, chunk: int) -> Loss:
 def compile_step(loss: Loss, tx: Any, state: TrainState) -> Any:
     """The jitted step; the state is given up to it, and keeps its shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(
-        make_train_step(loss, tx), donate_argnums=0, out_shardings=(shardings, None)
-    )
+    step = make_train_step(loss, tx)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return compile_lean(jitted)
 
 
 def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:
@@ -321,7 +328,7 @@ def finish(
             folder.path / "adapter",
             state.trained["lora"],
             shape.plan,
-            base_name=str(base.dir),
+            base_name=public_name(base),
             base_hash=meta["base_hash"],
         )
     write_report(folder.path)

@@ -26,6 +26,7 @@ def make_run(
     steps: tuple[tuple[int, float | None], ...] = ((10, None),),
     data: str = "",
     zero: bool = False,
+    chat: bool = False,
     **values: Any,
 ) -> Path:
     """A run of `method` on `model` with random weights at each of `steps`.
@@ -34,6 +35,7 @@ def make_run(
       steps: (step, eval loss) of each checkpoint.
       data: what it says it was trained on.
       zero: leaves `b` of LoRA at zero.
+      chat: says that its rows were conversations.
       values: of the method, such as `rank`.
     """
     folder.mkdir(parents=True)
@@ -47,7 +49,7 @@ def make_run(
     for step, loss in steps:
         trained = _trained(base, settings["method"], 0 if zero else step)
         state = {"step": jnp.asarray(step), "trained": trained}
-        saved.save(step, state, {"base_hash": base_hash(base)}, loss)
+        saved.save(step, state, {"base_hash": base_hash(base), "chat": chat}, loss)
     return folder
 
 

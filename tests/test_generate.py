@@ -17,12 +17,6 @@ from tests.runs import make_run
 from tests.tiny import make_tiny_checkpoint
 
 Run = Callable[..., dict[str, Any]]
-CHAT_ROW = {
-    "messages": [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-    ]
-}
 
 
 @pytest.fixture
@@ -78,10 +72,7 @@ def test_prompts_from_standard_input(tiny_llama: Path) -> None:
 def test_a_chat_run_uses_its_template(
     tiny_llama: Path, tmp_path: Path, run: Run
 ) -> None:
-    (tmp_path / "d.jsonl").write_text(json.dumps(CHAT_ROW) + "\n")
-    folder = make_run(
-        tmp_path / "run", tiny_llama, data=str(tmp_path / "d.jsonl"), rank=2
-    )
+    folder = make_run(tmp_path / "run", tiny_llama, chat=True, rank=2)
     common = (f"--workdir={folder}", "--prompt=the", "--max_new_tokens=4")
     auto = run(*common)
     assert auto == run(*common, "--template=chat")

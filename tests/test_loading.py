@@ -1,6 +1,5 @@
 """Opening bases, runs and adapters: what is loaded, and what is refused."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -162,24 +161,9 @@ def test_no_config_inside_a_run_is_executed(run: Path, tmp_path: Path) -> None:
     assert not canary.exists()
 
 
-@pytest.mark.parametrize(
-    ("row", "chat"),
-    [
-        ({"prompt": "a", "completion": "b"}, False),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": "a"},
-                    {"role": "assistant", "content": "b"},
-                ]
-            },
-            True,
-        ),
-    ],
-)
+@pytest.mark.parametrize("chat", [True, False])
 def test_a_run_on_conversations_is_a_chat(
-    row: dict[str, Any], chat: bool, tiny_llama: Path, tmp_path: Path
+    chat: bool, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
-    run = make_run(tmp_path / "run", tiny_llama, data=str(tmp_path / "d.jsonl"))
+    run = make_run(tmp_path / "run", tiny_llama, chat=chat)
     assert open_policy(workdir=str(run), **quiet).chat is chat

@@ -22,7 +22,7 @@ SPEC = ModelSpec("llama", 512, 64, 4, 4, 2, 16, 160, tied=True)
 ROWS, LENGTH = 16, 128
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
     model = Decoder(SPEC, remat=remat)
@@ -58,4 +58,4 @@ def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
     # Four devices with 16 rows each hold what one device with 16 rows holds.
     sizes = estimate(config, shape, LENGTH, make_mesh(4, 1))
     assert sizes["total"] == sum(v for k, v in sizes.items() if k != "total")
-    assert 0.6 * real < sizes["total"] < 2.5 * real
+    assert 0.6 * real < sizes["total"] < 2 * real, (sizes, real)

@@ -17,18 +17,8 @@ TIMES = ("time", "tokens_per_s")
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    words = [
-        "a",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "the",
-        "lazy",
-        "dog",
-        "sleeps",
-    ]
+    text = "a quick brown fox jumps over the lazy dog and then it sleeps"
+    words = text.split()
     lines = [
         {
             "prompt": f"Say {i}: " + " ".join(words[: 1 + i % 5]),
@@ -97,6 +87,7 @@ def test_a_run_learns_and_leaves_what_it_says(whole: tuple[Path, Result]) -> Non
     assert saved.latest() == 6
     meta = saved.meta(6)
     assert meta["method"]["rank"] == 16 and meta["base_hash"] and meta["data"]
+    assert meta["chat"] is False
 
 
 def test_the_table_says_what_each_target_adds(whole: tuple[Path, Result]) -> None:

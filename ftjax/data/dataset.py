@@ -10,7 +10,7 @@ import numpy as np
 
 from ftjax.data import encode as enc
 from ftjax.data.report import DataReport, Tally
-from ftjax.data.schema import Sample, normalise
+from ftjax.data.schema import Conversation, Sample, normalise
 from ftjax.data.sources import Row, RowReader, read_rows
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.errors import UserError
@@ -137,6 +137,7 @@ def _samples(
             report.skip(error.what, str(error.where))
             continue
         report.schemas.setdefault(found.schema, Tally()).add(row.where)
+        report.conversations += isinstance(found.sample, Conversation)
         if found.identical:
             report.identical.add(row.where)
         for column in found.ignored:

@@ -38,6 +38,7 @@ class DataReport:
       read: rows that were read, bad ones included.
       dropped: by reason; skipped: bad rows by reason, with on_bad_row=skip.
       schemas: rows by schema, with the first place of each.
+      conversations: rows that went through the chat template.
       ignored: columns that were not used, with the rows that have them.
       identical: pairs whose accepted and rejected text are the same.
       lengths: tokens of each kept example; tokens, trained: their sums.
@@ -55,6 +56,7 @@ class DataReport:
     dropped: dict[str, Tally] = field(default_factory=dict)
     skipped: dict[str, Tally] = field(default_factory=dict)
     schemas: dict[str, Tally] = field(default_factory=dict)
+    conversations: int = 0
     ignored: dict[str, Tally] = field(default_factory=dict)
     identical: Tally = field(default_factory=Tally)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ftjax.gradients import KEPT
 from ftjax.models import layers
 from ftjax.models.proj import Proj
 from ftjax.models.spec import ModelSpec
@@ -21,7 +22,7 @@ from ftjax.weights import Array
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
 
 
@@ -102,7 +103,7 @@ class Mlp(nn.Module):
         down = Proj(
             "BTF,FD->BTD", shape[::-1], axes[::-1], s.mlp_bias, name="down_proj"
         )
-        return down(nn.silu(gate) * up)
+        return down(layers.swiglu(gate, up))
 
 
 class Block(nn.Module):

@@ -42,6 +42,11 @@ def test_every_row_is_accounted_for(write, plain):
     assert any("raise data.max_length" in w for w in report.warnings)  # 20 % > 5 %
 
 
+def test_conversations_are_counted(write, chatml):
+    rows = [chat_row("q", "a"), PAIR]
+    assert build(write(rows), chatml).report.conversations == 1
+
+
 def test_bad_rows_stop_or_are_skipped_and_listed(write, plain):
     lines = b'{"text": "ok"}\nnonsense\n{"text": 3}\n{"zebra": 1}\n{"text": "ok too"}\n'
     path = write(lines)
