@@ -44,6 +44,8 @@ def _account(ready: Prepared) -> dict[str, Any]:
         "dropped": {reason: tally.count for reason, tally in report.dropped.items()},
         "skipped": report.skipped_rows,
         "truncated": report.truncated,
+        "identical": report.identical.count,
+        "duplicates": report.duplicates,
         "tokens": report.tokens,
         "trained_tokens": report.trained,
         "lengths": report.quantiles(),

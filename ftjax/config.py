@@ -107,13 +107,14 @@ def _contradictions(config: Any) -> None:
             got=f"steps={train.steps}, epochs={train.epochs}",
         )
     if train.batch_size % train.accumulate:
-        near = train.batch_size // train.accumulate * train.accumulate
+        k = train.accumulate
+        near = max(train.batch_size // k, 1) * k
         raise UserError(
             "the batch cannot be cut into equal micro-batches",
             where="config.train.batch_size, config.train.accumulate",
             expected="batch_size divisible by accumulate",
             got=f"{train.batch_size} / {train.accumulate}",
-            fix=f"batch_size={near or train.accumulate} or {near + train.accumulate}",
+            fix=f"batch_size={near} or {near + k}",
         )
     if train.steps is not None and optim.warmup >= train.steps:
         raise _long_warmup(optim.warmup, train.steps)

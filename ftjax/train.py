@@ -6,7 +6,6 @@
 The same command in the same directory continues where it stopped.
 """
 
-# ruff: noqa: E402
 from ftjax import runtime
 
 if __name__ == "__main__":
@@ -14,6 +13,7 @@ if __name__ == "__main__":
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 
 from ftjax import cli, describe
+from ftjax.checkpoints.folder import replace_folder
 from ftjax.checkpoints.peft import save_adapter
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.config import validate
@@ -150,7 +151,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                         "the same command continues"
                     )
                 clock.restart()
-        finish(folder, base, shape, state, meta)
+        finish(folder, base, shape, state, checkpoints)
         return describe.result(folder.path, steps)
 
 
@@ -320,17 +321,29 @@ def diverged(step: int, checkpoints: Checkpoints, values: dict[str, Any]) -> Use
 
 
 def finish(
-    folder: Workdir, base: Base, shape: Shape, state: TrainState, meta: dict[str, Any]
+    folder: Workdir,
+    base: Base,
+    shape: Shape,
+    state: TrainState,
+    checkpoints: Checkpoints,
 ) -> None:
-    """Leaves the adapter and the report."""
-    if shape.plan is not None:
-        save_adapter(
-            folder.path / "adapter",
-            state.trained["lora"],
-            shape.plan,
+    """Leaves the report, and the adapter of the best step, or of the last."""
+    step = checkpoints.best() or checkpoints.latest()
+    if shape.plan is not None and step is not None:
+        lora = state.trained["lora"]
+        if step != int(state.step):
+            like = {"trained": {"lora": lora}}
+            saved = checkpoints.restore(step, like, partial=True)
+            lora = saved["trained"]["lora"]
+        base_hash = checkpoints.meta(step)["base_hash"]
+        save = partial(
+            save_adapter,
+            lora=lora,
+            plan=shape.plan,
             base_name=public_name(base),
-            base_hash=meta["base_hash"],
+            base_hash=base_hash,
         )
+        replace_folder(folder.path / "adapter", save)
     write_report(folder.path)
 
 

@@ -45,6 +45,25 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         raise told from error
 
 
+def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Writes a folder that ftjax made itself anew; the old one goes when this is whole.
+
+    Only where nobody else writes: what earlier kills have left of it is removed.
+    """
+    for left in target.parent.glob(f".{target.name}.*-*"):
+        shutil.rmtree(left)
+    fresh = target.with_name(f".{target.name}.new-{secrets.token_hex(4)}")
+    write_folder(fresh, fill)
+    if target.exists():
+        old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+        os.rename(target, old)
+        os.rename(fresh, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(fresh, target)
+    fsync_folder(target.parent)
+
+
 def refuse_existing(target: Path) -> None:
     """Raises a `UserError` if there is anything under this name."""
     if target.exists() or target.is_symlink():

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -26,7 +27,13 @@ from ftjax.checkpoints.peft_config import (
     refuse,
     targeted,
 )
-from ftjax.checkpoints.tensors import FLOATS, Tensor, read_header
+from ftjax.checkpoints.tensors import (
+    FLOATS,
+    Entry,
+    Tensor,
+    read_header,
+    write_tensors,
+)
 from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan, SitePlan, put, site_names
 from ftjax.models.proj import Path, Site
@@ -79,15 +86,13 @@ def save_adapter(
     """Writes an adapter that PEFT loads over the transformers model.
 
     Args:
-      folder: is made if it is missing; the two files must not be there.
+      folder: is made if it is missing; without an adapter in it yet.
       lora: the collection, as trained.
       plan: that it was made by; layers of rank 0 are left out.
       base_name: written as `base_model_name_or_path`.
       base_hash: of the base's weights, kept in the header of the tensors.
     """
-    from safetensors.numpy import save_file
-
-    tensors: dict[str, np.ndarray] = {}
+    entries: list[Entry] = []
     for path, at in plan.sites.items():
         delta = _get(lora, path)["w"]
         a = np.asarray(delta.a, np.float32).reshape(
@@ -100,11 +105,15 @@ def save_adapter(
             rank = at.ranks[layer]
             if rank:
                 key = f"{PREFIX}{name}.lora_"
-                tensors[f"{key}A.weight"] = np.ascontiguousarray(a[layer, :, :rank].T)
-                tensors[f"{key}B.weight"] = np.ascontiguousarray(b[layer, :rank].T)
+                for letter, x in (
+                    ("A", a[layer, :, :rank].T),
+                    ("B", b[layer, :rank].T),
+                ):
+                    name = f"{key}{letter}.weight"
+                    entries.append(Entry(name, x.shape, partial(np.asarray, x)))
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"} | ({HASH_KEY: base_hash} if base_hash else {})
-    save_file(tensors, folder / TENSORS, metadata=metadata)
+    write_tensors(folder / TENSORS, entries, np.dtype(np.float32), metadata)
     config = adapter_config(plan, base_name)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")

@@ -151,9 +151,9 @@ def test_a_killed_export_leaves_nothing_half_named(
     assert left.name.startswith(".out.tmp-") and (left / "model.safetensors").is_file()
     run_cli("export", *flags).ok()
     whole = contents(out)
+    assert (contents(finished), contents(tiny)) == sources
     run_cli("export", *flags).refused("not overwritten", str(out), "another --out")
     assert contents(out) == whole
-    assert (contents(finished), contents(tiny)) == sources
 
 
 @pytest.mark.parametrize("inside", ["", "merged"], ids=["source", "inside"])
