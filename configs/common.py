@@ -82,7 +82,7 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.train.log_every = 10
     c.train.eval_every = 100  # 0: at the start and the end only
     c.train.save_every = 100
-    c.train.sample_every = 0  # 0: at the start and the end only
+    c.train.sample_every = 100  # 0: at the start and the end only
     c.train.sample_rows = 3  # prompts of the eval rows to answer; 0: none
     c.train.sample_tokens = 64  # tokens per answer
     c.train.keep_last = 2  # checkpoints

@@ -23,7 +23,7 @@ VALUES = {
     "method.rank": 8,
     "method.alpha": 16.0,
     "optim.lr": 3e-3,
-    "train.steps": 100,
+    "train.steps": 200,
     "train.batch_size": 8,
     "train.eval_every": 50,
     "train.save_every": 50,

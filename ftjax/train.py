@@ -100,13 +100,13 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             say(f"continuing after step {first}")
         step_fn = compile_step(make_loss(shape.model, config.loss.chunk), tx, state)
         rate = make_schedule(config.optim, steps)
-        look = make_look(config, ready)
 
         def due(step: int, every: int) -> bool:
             return step == steps or (every > 0 and step % every == 0)
 
         def pause(step: int) -> bool:
-            return due(step, c.eval_every) or due(step, c.save_every) or stop.requested
+            often = (c.eval_every, c.sample_every, c.save_every)
+            return any(due(step, every) for every in often) or stop.requested
 
         log = MetricLog(
             folder.path,
@@ -116,8 +116,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             config=settings,
         )
         with log, Progress(steps, start=first) as progress:
+            look = Look(config, ready, log, progress)
             if not first:
-                meta["best"] = look(log, progress, 0, {**frozen, **state.trained}, True)
+                look.sample(0, {**frozen, **state.trained})
+                meta["best"] = look.evaluate(0, {**frozen, **state.trained})
             clock = Clock(steps - first, meta["seconds"])
             batches = micro_batches(data, config, first, steps)
             for step, values, now in run_steps(
@@ -135,10 +137,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                 if now is None:
                     continue
                 state, score, better = now, None, False
+                if due(step, c.sample_every):
+                    look.sample(step, {**frozen, **state.trained})
                 if due(step, c.eval_every):
-                    variables = {**frozen, **state.trained}
-                    sample = due(step, c.sample_every)
-                    score = look(log, progress, step, variables, sample)
+                    score = look.evaluate(step, {**frozen, **state.trained})
                     better = score is not None and not score >= meta["best"]
                     meta["best"] = score if better else meta["best"]
                 kept = better and c.keep_best > 0
@@ -155,35 +157,41 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         return describe.result(folder.path, steps)
 
 
-def make_look(config: Any, ready: Prepared) -> Callable[..., float | None]:
-    """`look(log, progress, step, variables, sample)`: samples, evaluates, writes both.
+class Look:
+    """Samples and evaluates along the way, and writes down what it finds."""
 
-    Returns the eval loss, or None where there is no eval data.
-    """
-    c, base, data = config.train, ready.base, ready.data
-    sharding = batch_sharding(ready.mesh)
-    sum_batch = make_sum_batch(ready.shape.model, config.loss.chunk)
-    prompts = pick_prompts(data.eval or data.train, base.tokenizer, c.sample_rows)
+    def __init__(
+        self, config: Any, ready: Prepared, log: MetricLog, progress: Progress
+    ):
+        c, data = config.train, ready.data
+        self.ready, self.log, self.progress = ready, log, progress
+        self.rows, self.sample_tokens = c.batch_size // c.accumulate, c.sample_tokens
+        self.sharding = batch_sharding(ready.mesh)
+        self.sum_batch = make_sum_batch(ready.shape.model, config.loss.chunk)
+        self.prompts = pick_prompts(
+            data.eval or data.train, ready.base.tokenizer, c.sample_rows
+        )
 
-    def look(
-        log: MetricLog, progress: Progress, step: int, variables: PyTree, sample: bool
-    ) -> float | None:
-        if sample and prompts:
-            generator = Generator(
-                base.spec, variables, dtype=ready.shape.dtype, eos_ids=base.eos_ids
-            )
-            texts = answer(generator, base.tokenizer, prompts, c.sample_tokens)
-            for prompt, text in zip(prompts, texts, strict=True):
-                log.write_sample(step, prompt.text, text, prompt.reference)
-        if data.eval_loader is None:
+    def sample(self, step: int, variables: PyTree) -> None:
+        """Answers the held-out prompts."""
+        if not self.prompts:
+            return
+        base, dtype = self.ready.base, self.ready.shape.dtype
+        generator = Generator(base.spec, variables, dtype=dtype, eos_ids=base.eos_ids)
+        texts = answer(generator, base.tokenizer, self.prompts, self.sample_tokens)
+        for prompt, text in zip(self.prompts, texts, strict=True):
+            self.log.write_sample(step, prompt.text, text, prompt.reference)
+
+    def evaluate(self, step: int, variables: PyTree) -> float | None:
+        """The eval loss, or None where there is no eval data."""
+        loader = self.ready.data.eval_loader
+        if loader is None:
             return None
-        batches = data.eval_loader.epoch(c.batch_size // c.accumulate)
-        found = evaluate(sum_batch, variables, batches, sharding)
-        log.write(step, "eval", **found)
-        progress.note(describe.evaluation(step, found))
+        batches = loader.epoch(self.rows)
+        found = evaluate(self.sum_batch, variables, batches, self.sharding)
+        self.log.write(step, "eval", **found)
+        self.progress.note(describe.evaluation(step, found))
         return found["loss"]
-
-    return look
 
 
 def make_loss(model: Decoder, chunk: int) -> Loss:
