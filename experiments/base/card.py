@@ -54,7 +54,8 @@ same nats over the UTF-8 bytes.
 
 ## What it writes
 
-From the run's own samples, at its last step.
+From the run's own samples, at the step of these weights: the beginnings (in bold) are
+held out, the rest is the likeliest continuation, cut off after so many tokens.
 
 {samples}
 ## Tokenizer and chat form
@@ -93,7 +94,8 @@ def card(workdir: Path, base: Path, step: int | None = None) -> str:
     tokenizer = load_tokenizer(base)
     held_out = _dataset(run, tokenizer, "eval")
     train = _dataset(run, tokenizer, "train")
-    facts = _facts(run, _chosen(workdir, step), read_rows(workdir / METRICS))
+    chosen = _chosen(workdir, step)
+    facts = _facts(run, chosen, read_rows(workdir / METRICS))
     facts |= _corpus(held_out, train, tokenizer, facts["held-out loss"])
     command = "python -m ftjax.train --config=configs/pretrain.py --workdir=RUN"
     rows = [f"| {name} | {_shown(value)} |" for name, value in facts.items()]
@@ -108,7 +110,7 @@ def card(workdir: Path, base: Path, step: int | None = None) -> str:
         dtype=model["dtype"],
         command=command,
         facts="\n".join(rows),
-        samples=_samples(workdir),
+        samples=_samples(workdir, chosen["step"]),
         train_bpt=_bytes(train, tokenizer) / _trained(train),
         eval_bpt=_bytes(held_out, tokenizer) / _trained(held_out),
         end=tokenizer.eos_text,
@@ -187,12 +189,11 @@ def _parameters(path: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _samples(workdir: Path) -> str:
-    rows = read_rows(workdir / SAMPLES)
-    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+def _samples(workdir: Path, step: int) -> str:
+    rows = [row for row in read_rows(workdir / SAMPLES) if row["step"] == step]
     return "".join(
-        f"> **{row['prompt'].strip()}** {' '.join(row['text'].split())}\n\n"
-        for row in last
+        f"> **{' '.join(row['prompt'].split())}** {' '.join(row['text'].split())}\n\n"
+        for row in rows
     )
 
 

@@ -48,7 +48,8 @@ def workdir(tmp_path: Path) -> Path:
     write_lines(folder / "metrics.jsonl", rows)
     samples = [
         {"step": 0, "prompt": "The module json", "text": "zq zq"},
-        {"step": 300, "prompt": "The module json", "text": "reads\n\nand writes."},
+        {"step": 200, "prompt": "The module\njson", "text": "reads\n\nand writes."},
+        {"step": 300, "prompt": "The module json", "text": "zq of the last step"},
     ]
     write_lines(folder / "samples.jsonl", samples)
     return folder
