@@ -24,7 +24,7 @@ def build(request: Request) -> tuple[Step, dict[str, str]]:
 
 def _load(request: Request, mesh: Any) -> tuple[Any, Any]:
     from ftjax.checkpoints.hf import open_weights, read_config
-    from ftjax.loading import Base, load_base_params
+    from ftjax.loading import Base, load_base
     from ftjax.models.registry import spec_from_config
 
     folder = Path(request.checkpoint)
@@ -33,7 +33,7 @@ def _load(request: Request, mesh: Any) -> tuple[Any, Any]:
     weights = open_weights(folder, spec)
     tokenizer: Any = None  # the rows are token ids already
     base = Base(folder, folder.name, config, spec, tokenizer, (), weights)
-    return spec, load_base_params(base, np.float32, mesh)
+    return spec, load_base(base, np.float32, mesh)
 
 
 def _train(request: Request) -> Step:
@@ -54,14 +54,14 @@ def _train(request: Request) -> Step:
     config.optim.schedule, config.optim.warmup = "constant", 0
     config.optim.clip_norm = 0.0  # nobody clips here
     mesh = make_mesh()
-    spec, params = _load(request, mesh)
+    spec, base = _load(request, mesh)
     model = Decoder(spec, dtype=np.float32, remat=config.model.remat, mesh=mesh)
     lora = None
     if request.task == "lora":
         config.method.rank, config.method.alpha = request.rank, request.alpha
         lora = init_lora(plan_lora(find_sites(model), config.method), config.seed)
-    trained, frozen = split(request.task, params, lora)
-    del params
+    trained, frozen = split(request.task, base, lora)
+    del base
     tx = make_optimizer(config.optim, steps=1000)
     state = on_mesh(init_state(trained, tx, config.seed), mesh)
     del trained
@@ -99,9 +99,9 @@ def _generate(request: Request) -> Step:
     from ftjax.rollout import Generator
     from ftjax.sharding import make_mesh
 
-    spec, params = _load(request, make_mesh())
-    generator = Generator(spec, {"params": params})
-    del params
+    spec, base = _load(request, make_mesh())
+    generator = Generator(spec, base)
+    del base
 
     def step(index: int) -> list[int]:
         prompts = request.tokens(index)

@@ -44,6 +44,7 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.model.from_scratch = False  # random weights of the same shape
 
     c.method = method_config(arg.method)
+    c.quant = quant_config(arg.method)
 
     c.data = ConfigDict()
     c.data.train = ""  # a .jsonl, .jsonl.gz, .json, .parquet file, pydoc:..., or a name
@@ -102,8 +103,9 @@ def base_config(arg: ConfigDict) -> ConfigDict:
 
 def method_config(name: str) -> ConfigDict:
     """The keys of one method, and no others."""
-    method = ConfigDict({"name": name})
-    if name == "lora":
+    # QLoRA (arXiv 2305.14314) is LoRA over a quantized base: `quant` tells them apart.
+    method = ConfigDict({"name": "lora" if name == "qlora" else name})
+    if method.name == "lora":
         method.rank = 16
         method.alpha = 32.0
         method.dropout = 0.0
@@ -113,3 +115,15 @@ def method_config(name: str) -> ConfigDict:
         method.use_rslora = False  # scale alpha / sqrt(rank)
         method.init = "kaiming"  # kaiming, gaussian
     return method
+
+
+def quant_config(method: str) -> ConfigDict:
+    """How the frozen base is stored: method=qlora means nf4, double quantization."""
+    quant = ConfigDict()
+    quant.format = "nf4" if method == "qlora" else "none"  # none, nf4, fp4, int8, int4
+    quant.double_quant = method == "qlora"  # of nf4 and fp4: 8-bit scales
+    quant.group = -1  # numbers per scale; 0: an output channel; -1: as usual
+    quant.scheme = "symmetric"  # of int8 and int4: symmetric, affine
+    quant.targets = "all-linear"  # or regexes of projections; the rest stays float
+    quant.pattern = ""  # regex=format,...: the first that matches wins; none: float
+    return quant

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftjax.errors import UserError
+from ftjax.quant.formats import NAMES as FORMATS
 
 Test = Callable[[Any], bool]
 
@@ -41,6 +42,10 @@ RULES: dict[str, Range] = {
     "method.dropout": SHARE,
     "method.targets": NOT_EMPTY,
     "method.init": one_of("kaiming", "gaussian"),
+    "quant.format": one_of("none", *FORMATS),
+    "quant.group": Range("-1 (as usual), 0 (a channel) or more", lambda x: x >= -1),
+    "quant.scheme": one_of("symmetric", "affine"),
+    "quant.targets": NOT_EMPTY,
     "data.train": NOT_EMPTY,
     "data.max_length": Range("2 or more", lambda x: x >= 2),
     "data.overlong": one_of("truncate", "drop", "error"),
@@ -99,6 +104,20 @@ def validate(config: Any) -> None:
 
 def _contradictions(config: Any) -> None:
     train, optim = config.train, config.optim
+    quantized = config.quant.format != "none"
+    if quantized and config.method.name == "full":
+        raise UserError(
+            "a quantized base cannot be trained: its codes have no gradient",
+            where="config.method.name, config.quant.format",
+            expected="method=qlora, or quant.format=none",
+            got=f"method=full, format={config.quant.format}",
+        )
+    if quantized and config.model.from_scratch:
+        raise UserError(
+            "there are no weights to quantize",
+            where="config.model.from_scratch, config.quant.format",
+            expected="a model with weights, or quant.format=none",
+        )
     if train.steps is not None and train.epochs is not None:
         raise UserError(
             "the length of the run is given twice",

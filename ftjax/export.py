@@ -32,6 +32,7 @@ from ftjax.loading import (
     read_run_config,
 )
 from ftjax.methods.lora import merge
+from ftjax.methods.quant import dequantize
 from ftjax.workdir import require_space
 
 GENERATION = "generation_config.json"
@@ -66,7 +67,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         write_adapter(out, policy)
         dtype = "float32"
     else:
-        dtype = args.dtype if args.dtype != "auto" else stored_dtype(policy.base)
+        dtype = args.dtype if args.dtype != "auto" else stored_dtype(policy)
         write_merged(out, policy, dtype)
     say(f"wrote {out}: {policy.label}, {dtype}")
     size = sum(file.stat().st_size for file in out.iterdir())
@@ -140,8 +141,13 @@ def write_adapter(out: Path, policy: Policy) -> None:
 
 
 def write_merged(out: Path, policy: Policy, dtype: str) -> None:
-    """Writes a folder that transformers loads: W + scale * a.b, cast last."""
+    """Writes a folder that transformers loads: W + scale * a.b, cast last.
+
+    Of a quantized base W is what its codes stand for.
+    """
     base, params = policy.base, policy.variables["params"]
+    if "quant" in policy.variables:
+        params = jax.jit(dequantize)(params, policy.variables["quant"])
     if "lora" in policy.variables:
         params = jax.jit(merge)(params, policy.variables["lora"])
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -156,8 +162,14 @@ def write_merged(out: Path, policy: Policy, dtype: str) -> None:
     write_folder(out, fill)
 
 
-def stored_dtype(base: Base) -> str:
-    """The dtype that the base's weights are stored in; float32 where it is wider."""
+def stored_dtype(policy: Policy) -> str:
+    """The dtype that the base's weights are stored in; float32 where it is wider.
+
+    16 bits where the base was quantized: its weights have no more than that to say.
+    """
+    base = policy.base
+    if "quant" in policy.variables:
+        return "bfloat16"
     if base.weights is not None:
         return "bfloat16" if base.weights.dtype == "BF16" else "float32"
     named = base.config.get("torch_dtype") or base.config.get("dtype")

@@ -4,6 +4,9 @@ What JAX derives is right, but it leaves the order of each product to XLA, whose
 backend then transposes the larger operand, a pass over memory that costs more than the
 product. Here the smaller one is transposed, and a low-rank update gets its gradients by
 way of the rank: the full gradient of a frozen weight is never made.
+
+A weight may be quantized. What the backward pass finds of it is then its codes, and it
+is made dense once more: a dense copy lives as long as one product.
 """
 
 import math
@@ -14,7 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ftjax.quant.qtensor import QTensor
+
 Array = jax.Array
+Weight = Array | QTensor
 
 KEPT = "kept"
 
@@ -25,27 +31,47 @@ def keep(x: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(eqn: str, x: Array, w: Array) -> Array:
+def project(eqn: str, x: Array, w: Weight) -> Array:
     """`einsum(eqn, x, w)`, such as 'BTD,DNH->BTNH'.
 
     Args:
       eqn: x ends with the inputs; w names its inputs first, then its outputs.
       x: [..., *inputs].
-      w: [*inputs, *outputs]; its gradient is not computed where nobody wants it.
+      w: [*inputs, *outputs]; its gradient is not computed where nobody wants it, and
+        there is none of a quantized one.
     """
-    return jnp.einsum(eqn, x, w)
+    return jnp.einsum(eqn, x, dense(w, x.dtype))
+
+
+def dense(w: Weight, dtype: Any) -> Array:
+    """A weight in the dtype of the computation, whatever it is stored as."""
+    return w.dense(dtype) if isinstance(w, QTensor) else w.astype(dtype)
+
+
+def _value(arg: Any) -> Any:
+    """What a differentiation rule was called with: an array, or a tree of them."""
+    return jax.tree.map(lambda leaf: leaf.value, arg, is_leaf=_is_primal)
+
+
+def _perturbed(arg: Any) -> bool:
+    return any(x.perturbed for x in jax.tree.leaves(arg, is_leaf=_is_primal))
+
+
+def _is_primal(leaf: Any) -> bool:
+    return hasattr(leaf, "perturbed")
 
 
 def _project_forward(eqn: str, x: Any, w: Any) -> tuple[Array, Any]:
-    saved = x.value if w.perturbed else None, w.value if x.perturbed else None
-    return jnp.einsum(eqn, x.value, w.value), saved
+    value = _value(w)
+    saved = x.value if _perturbed(w) else None, value if x.perturbed else None
+    return project(eqn, x.value, value), saved
 
 
 def _project_backward(eqn: str, saved: Any, dy: Any) -> tuple[Any, Any]:
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         return None, None
     x, w = saved
-    dx = None if w is None else jnp.einsum(_to_inputs(eqn), dy, w)
+    dx = None if w is None else jnp.einsum(_to_inputs(eqn), dy, dense(w, dy.dtype))
     return dx, None if x is None else _to_weight(eqn, x, dy)
 
 
@@ -54,7 +80,7 @@ project.defvjp(_project_forward, _project_backward, symbolic_zeros=True)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project_updated(
-    eqn: str, x: Array, w: Array, a: Array, b: Array, scale: Array
+    eqn: str, x: Array, w: Weight, a: Array, b: Array, scale: Array
 ) -> Array:
     """`einsum(eqn, x, w + scale * a.b)`: LoRA as one product instead of three.
 
@@ -73,9 +99,9 @@ def project_updated(
 
 
 def _updated_forward(eqn: str, *args: Any) -> tuple[Array, Any]:
-    values = tuple(arg.value for arg in args)
+    values = tuple(_value(arg) for arg in args)
     # A key of the tree and not a value: it must be known when tracing.
-    saved = (values, {"to_weight": ()} if args[1].perturbed else {})
+    saved = (values, {"to_weight": ()} if _perturbed(args[1]) else {})
     return project_updated(eqn, *values), saved
 
 
@@ -85,7 +111,7 @@ def _updated_backward(eqn: str, saved: Any, dy: Any) -> Any:
     (x, w, a, b, scale), wanted = saved
     dx = jnp.einsum(_to_inputs(eqn), dy, _updated(w, a, b, scale))
     rank = a.shape[-1]
-    x_TI, dy_TO = _matrix(x, w.ndim - b.ndim + 1), _matrix(dy, b.ndim - 1)
+    x_TI, dy_TO = _matrix(x, a.ndim - 1), _matrix(dy, b.ndim - 1)
     h_Tr = x_TI @ a.reshape(-1, rank) * scale
     dh_Tr = dy_TO @ b.reshape(rank, -1).T * scale
     da, db = _over_tokens(x_TI, dh_Tr), _over_tokens(h_Tr, dy_TO)
@@ -96,9 +122,10 @@ def _updated_backward(eqn: str, saved: Any, dy: Any) -> Any:
 project_updated.defvjp(_updated_forward, _updated_backward, symbolic_zeros=True)
 
 
-def _updated(w: Array, a: Array, b: Array, scale: Array) -> Array:
+def _updated(w: Weight, a: Array, b: Array, scale: Array) -> Array:
     rank = a.shape[-1]
-    return w + scale * (a.reshape(-1, rank) @ b.reshape(rank, -1)).reshape(w.shape)
+    update = (a.reshape(-1, rank) @ b.reshape(rank, -1)).reshape(w.shape)
+    return dense(w, a.dtype) + scale * update
 
 
 def _to_inputs(eqn: str) -> str:

@@ -31,12 +31,14 @@ from ftjax.checkpoints.state import Checkpoints
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
+from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
 from ftjax.models.config_reader import say
 from ftjax.models.decoder import Decoder
 from ftjax.models.presets import PRESETS
-from ftjax.models.proj import abstract_params, find_sites, params_axes
+from ftjax.models.proj import abstract_params, find_sites, params_axes, put
 from ftjax.models.registry import spec_from_config
 from ftjax.models.spec import ModelSpec
+from ftjax.quant.qtensor import QTensor
 from ftjax.sharding import make_mesh, shard_tree
 from ftjax.workdir import read_json
 
@@ -118,20 +120,47 @@ def open_base(
     return Base(folder, path, config, spec, tokenizer, tokenizer.eos_ids, found)
 
 
-def load_base_params(base: Base, dtype: Any, mesh: Mesh, *, note: Note = say) -> PyTree:
-    """The weights in `dtype`, on their devices, split by the model's logical axes."""
+def load_base(
+    base: Base,
+    dtype: Any,
+    mesh: Mesh,
+    *,
+    formats: Plan | None = None,
+    note: Note = say,
+) -> dict[str, PyTree]:
+    """{'params': ..., 'quant': ...}: on their devices, split by their logical axes.
+
+    Args:
+      dtype: of what stays floating point.
+      formats: of the projections that are quantized while they are read; 'quant' is
+        there if any are.
+      note: told what is worth knowing about the weights.
+    """
     if base.weights is None:
         raise ValueError(f"{base.name} was opened without weights")
-    model = Decoder(base.spec)
-    shardings = shard_tree(abstract_params(model), params_axes(model), mesh)
+    model, plan = Decoder(base.spec), formats or {}
+    places = {"params": shard_tree(abstract_params(model), params_axes(model), mesh)}
+    if plan:
+        sites = find_sites(model)
+        shapes, axes = abstract_quant(sites, plan), quant_axes(sites, plan)
+        places["quant"] = shard_tree(shapes, axes, mesh)
+    quant: PyTree = {}
 
-    def put(path: tuple[str, ...], host: np.ndarray) -> jax.Array:
-        sharding = shardings
+    def place(path: tuple[str, ...], host: Any) -> Any:
+        is_codes = isinstance(host, QTensor)
+        sharding = places["quant" if is_codes else "params"]
         for name in path:
             sharding = sharding[name]
-        return jax.device_put(host, sharding)
+        leaf = jax.device_put(host, sharding)
+        if is_codes:
+            put(quant, path, leaf)
+        return leaf
 
-    return load_params(base.weights, dtype=jnp.dtype(dtype).name, put=put, note=note)
+    name = jnp.dtype(dtype).name
+    params = load_params(base.weights, dtype=name, put=place, formats=plan, note=note)
+    if not plan:
+        return {"params": params}
+    return {"params": without(params, plan), "quant": quant}
 
 
 def base_hash(base: Base) -> str:
@@ -232,6 +261,13 @@ def read_run_config(workdir: str) -> dict[str, Any]:
     return config
 
 
+def run_formats(config: dict[str, Any], model: Decoder) -> Plan:
+    """What a run quantized of its base; nothing, if it knew no quantization yet."""
+    if "quant" not in config:
+        return {}
+    return plan_quant(find_sites(model), SimpleNamespace(**config["quant"]))
+
+
 def _base_of_run(config: dict[str, Any], note: Note) -> Base:
     model = config["model"]
     scratch = bool(model.get("from_scratch"))
@@ -259,8 +295,9 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         shapes = jax.eval_shape(partial(init_lora, plan, 0))
         like = _like(shapes, lora_axes(plan), mesh)
         trained = saved.restore(step, {"trained": {"lora": like}}, partial=True)
-        params = load_base_params(base, dtype, mesh, note=note)
-        variables = {"params": params, **trained["trained"]}
+        formats = run_formats(config, decoder)
+        loaded = load_base(base, dtype, mesh, formats=formats, note=note)
+        variables = {**loaded, **trained["trained"]}
     else:
         like = _like(abstract_params(decoder), params_axes(decoder), mesh)
         trained = saved.restore(step, {"trained": {"params": like}}, partial=True)
@@ -309,7 +346,7 @@ def _open_model(base: Base, adapter: str, dtype: Any, mesh: Mesh, note: Note) ->
     decoder = Decoder(base.spec, dtype=dtype)
     positions = base.spec.max_positions
     if not adapter:
-        variables = {"params": load_base_params(base, dtype, mesh, note=note)}
+        variables = load_base(base, dtype, mesh, note=note)
         return Policy(base, decoder, variables, None, f"model {base.name}", positions)
     loaded = load_adapter(Path(adapter).expanduser(), find_sites(decoder))
     if not loaded.base_hash:
@@ -322,9 +359,8 @@ def _open_model(base: Base, adapter: str, dtype: Any, mesh: Mesh, note: Note) ->
     lora = jax.device_put(
         loaded.lora, shard_tree(loaded.lora, lora_axes(loaded.plan), mesh)
     )
-    params = load_base_params(base, dtype, mesh, note=note)
     label = f"adapter {adapter} on {base.name}"
-    variables = {"params": params, "lora": lora}
+    variables = {**load_base(base, dtype, mesh, note=note), "lora": lora}
     return Policy(base, decoder, variables, loaded.plan, label, positions)
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ftjax.methods.lora import init_lora, lora_axes
-from ftjax.models.proj import abstract_params, params_axes
+from ftjax.methods.quant import abstract_quant, quant_axes, without
+from ftjax.models.proj import abstract_params, find_sites, params_axes
 from ftjax.models.spec import ModelSpec
 from ftjax.prepare import Shape
 from ftjax.sharding import shard_tree
@@ -42,9 +43,8 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
     rows = config.train.batch_size // config.train.accumulate
     tokens = math.ceil(rows / mesh.size) * length
     item = jnp.dtype(shape.dtype).itemsize
-    frozen = 0 if full else _bytes(params, axes, mesh, shape.param_dtype.itemsize)
     sizes = {
-        "frozen weights": frozen,
+        "frozen weights": 0 if full else _frozen(shape, params, axes, mesh),
         "trained weights": masters,
         "gradients": masters * (2 if config.train.accumulate > 1 else 1),
         "optimizer": MOMENTS * masters,
@@ -53,6 +53,18 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
         "head, a chunk at a time": _head(config, shape, rows / mesh.size, length),
     }
     return {**sizes, "total": sum(sizes.values())}
+
+
+def _frozen(shape: Shape, params: Any, axes: Any, mesh: Mesh) -> int:
+    """Bytes of the float weights, and of codes and scales."""
+    formats = shape.formats
+    floats = without(params, formats), without(axes, formats)
+    total = _bytes(*floats, mesh, shape.param_dtype.itemsize)
+    if formats:
+        sites = find_sites(shape.model)
+        quant = abstract_quant(sites, formats), quant_axes(sites, formats)
+        total += _bytes(*quant, mesh)
+    return total
 
 
 def _layer(spec: ModelSpec) -> dict[str, int]:
@@ -84,9 +96,12 @@ def _head(config: Any, shape: Shape, rows: float, length: int) -> int:
     return logits + gradient
 
 
-def _bytes(tree: Any, axes: Any, mesh: Mesh, itemsize: int) -> int:
+def _bytes(tree: Any, axes: Any, mesh: Mesh, itemsize: int | None = None) -> int:
+    """Per device; each array in its own dtype, where no other size is given."""
     shardings = shard_tree(tree, axes, mesh)
-    local = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)), tree, shardings
-    )
-    return itemsize * sum(jax.tree.leaves(local))
+
+    def local(x: Any, sharding: Any) -> int:
+        numbers = math.prod(sharding.shard_shape(x.shape))
+        return numbers * (itemsize or x.dtype.itemsize)
+
+    return sum(jax.tree.leaves(jax.tree.map(local, tree, shardings)))

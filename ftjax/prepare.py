@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from ftjax.config import check_devices, check_positions, total_steps, validate
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
-from ftjax.loading import Base, load_base_params, open_base
+from ftjax.loading import Base, load_base, open_base
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
+from ftjax.methods.quant import Plan, plan_quant
 from ftjax.methods.split import split
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import abstract_params, find_sites, init_params, params_axes
@@ -99,16 +100,19 @@ def prepare_data(config: Any, base: Base) -> Data:
 class Shape:
     """A model and its method, by shape alone: nothing is read or compiled.
 
-    `plan` is LoRA's; None for full fine-tuning.
+    `plan` is LoRA's; None for full fine-tuning. `formats` are those of the projections
+    that are quantized.
     """
 
     model: Decoder
     plan: LoraPlan | None
+    formats: Plan
     dtype: Any
     param_dtype: Any
 
     @property
     def params(self) -> PyTree:
+        """Of the whole model, as if nothing were quantized."""
         return abstract_params(self.model)
 
 
@@ -122,10 +126,11 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
     stored = config.model.param_dtype
     param_dtype = dtype if stored == "auto" else jnp.dtype(stored)
     model = Decoder(base.spec, dtype=dtype, remat=config.model.remat, mesh=mesh)
-    plan = None
+    plan, sites = None, find_sites(model)
     if config.method.name == "lora":
-        plan = plan_lora(find_sites(model), config.method)
-    return Shape(model, plan, dtype, param_dtype)
+        plan = plan_lora(sites, config.method)
+    formats = plan_quant(sites, config.quant)
+    return Shape(model, plan, formats, dtype, param_dtype)
 
 
 def compute_dtype(name: str) -> Any:
@@ -140,16 +145,16 @@ def load_variables(
 ) -> tuple[PyTree, PyTree]:
     """(trained, frozen), on their devices."""
     if config.model.from_scratch:
-        params = random_params(shape.model, config.seed, mesh)
+        loaded = {"params": random_params(shape.model, config.seed, mesh)}
     else:
         full = config.method.name == "full"
         dtype = jnp.dtype(jnp.float32) if full else shape.param_dtype
-        params = load_base_params(base, dtype, mesh)
+        loaded = load_base(base, dtype, mesh, formats=shape.formats)
     lora = None
     if shape.plan is not None:
         lora = init_lora(shape.plan, config.seed, config.method.init)
         lora = jax.device_put(lora, shard_tree(lora, lora_axes(shape.plan), mesh))
-    return split(config.method.name, params, lora)
+    return split(config.method.name, loaded, lora)
 
 
 def random_params(model: Decoder, seed: int, mesh: Mesh) -> PyTree:

@@ -108,7 +108,9 @@ class Generator:
 
     Args:
       spec: of the model.
-      variables: {'params': ..., maybe 'lora': ...}; an update is merged, in float32.
+      variables: {'params': ..., maybe 'quant': ..., maybe 'lora': ...}. An update is
+        merged, in float32; beside a quantized base it stays apart, and codes stay
+        packed.
       dtype: of the computation.
       eos_ids: the tokens that end a text; any of them.
     """
@@ -230,11 +232,10 @@ class _Run:
 
 @partial(jax.jit, static_argnames="dtype")
 def _prepare(variables: Any, dtype: str) -> Weights:
-    params = variables["params"]
-    if "lora" in variables:
-        params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
-        params = merge(params, variables["lora"])
-    return split_layers(params, jnp.dtype(dtype))
+    if "lora" in variables and "quant" not in variables:
+        params = jax.tree.map(lambda w: w.astype(jnp.float32), variables["params"])
+        variables = {"params": merge(params, variables["lora"])}
+    return split_layers(variables, jnp.dtype(dtype))
 
 
 @partial(jax.jit, static_argnames=("static", "new", "dtype"))

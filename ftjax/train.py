@@ -85,6 +85,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         )
         identity = {
             "method": settings["method"],
+            "quant": settings["quant"],
             "data": data.train.fingerprint(),
             "base_hash": base_hash(base) if base.weights else "",
         }

@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ftjax.gradients import project_updated
+from ftjax.gradients import Weight, project_updated
 
 Array = jax.Array
 
@@ -39,11 +39,11 @@ class Delta:
         h = jnp.einsum(down, x, self.a.astype(x.dtype)) * scale
         return jnp.einsum(up, h, self.b.astype(x.dtype))
 
-    def folded(self, eqn: str, x: Array, w: Array) -> Array:
+    def folded(self, eqn: str, x: Array, w: Weight) -> Array:
         """`einsum(eqn, x, w + scale * a.b)`, which is quicker than adding two products.
 
-        For float32 and without dropout: in a lower precision the sum of the weights
-        would round a small update away.
+        For float32, many tokens and no dropout: in a lower precision the sum of the
+        weights would round a small update away.
         """
         return project_updated(eqn, x, w, self.a, self.b, self.scale)
 

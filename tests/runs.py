@@ -11,7 +11,7 @@ import numpy as np
 
 from configs import sft
 from ftjax.checkpoints.state import Checkpoints
-from ftjax.loading import base_hash, load_base_params, open_base
+from ftjax.loading import base_hash, load_base, open_base
 from ftjax.methods.lora import init_lora, plan_lora
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites
@@ -61,8 +61,7 @@ def _trained(base: Any, method: dict[str, Any], seed: int) -> Any:
         return jnp.asarray(np.asarray(leaf) + noise.astype(np.float32))
 
     if method["name"] == "full":
-        params = load_base_params(base, jnp.float32, make_mesh())
-        return {"params": jax.tree.map(moved, params)}
+        return jax.tree.map(moved, load_base(base, jnp.float32, make_mesh()))
     plan = plan_lora(find_sites(Decoder(base.spec)), SimpleNamespace(**method))
     lora = init_lora(plan, seed)
     is_delta = {"is_leaf": lambda leaf: hasattr(leaf, "dense")}

@@ -19,6 +19,7 @@ FLOORS = {
     "ftjax.weights": 0,
     "ftjax.sharding": 0,
     "ftjax.gradients": 0,
+    "ftjax.quant": 0,
     "ftjax.runtime": 0,
     "ftjax.step": 0,
     "ftjax.optim": 0,

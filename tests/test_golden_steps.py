@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from ftjax.checkpoints.hf import load_params, open_weights
-from ftjax.methods.lora import init_lora, plan_lora, put, site_names
+from ftjax.methods.lora import init_lora, plan_lora
 from ftjax.methods.split import split
 from ftjax.models.decoder import Decoder
 from ftjax.models.names import model_weights
-from ftjax.models.proj import find_sites
+from ftjax.models.proj import find_sites, put, site_names
 from ftjax.models.registry import spec_from_config
 from ftjax.optim import make_optimizer
 from ftjax.step import init_state, make_train_step
@@ -106,7 +106,7 @@ def stored(method: str, trained: Any, model: Decoder, plan: Any) -> dict[str, An
 def test_steps_equal_torch(method: str, micro: int, tmp_path: Path) -> None:
     model, params = base(tmp_path)
     plan, lora = known_lora(model)
-    trained, frozen = split(method, params, lora)
+    trained, frozen = split(method, {"params": params}, lora)
     optim = SimpleNamespace(
         **make_steps.OPTIM,
         schedule="constant",

@@ -11,7 +11,7 @@ import pytest
 
 from ftjax.checkpoints.peft import save_adapter
 from ftjax.errors import UserError
-from ftjax.loading import base_hash, load_base_params, open_base, open_policy
+from ftjax.loading import base_hash, load_base, open_base, open_policy
 from ftjax.methods.lora import merge
 from ftjax.sharding import make_mesh
 from tests.runs import make_run
@@ -42,14 +42,13 @@ def test_open_base_reads_no_weight(tiny_llama: Path) -> None:
 
 def test_weights_are_split_over_the_mesh(tiny_llama: Path) -> None:
     base = open_base(str(tiny_llama))
-    one = load_base_params(base, jnp.float32, make_mesh())
-    four = load_base_params(base, jnp.float32, make_mesh(data=1, fsdp=4))
-    w = four["layers"]["mlp"]["up_proj"]["w"]
+    one = load_base(base, jnp.float32, make_mesh())
+    four = load_base(base, jnp.float32, make_mesh(data=1, fsdp=4))
+    w = four["params"]["layers"]["mlp"]["up_proj"]["w"]
     assert w.sharding.shard_shape(w.shape)[1] == w.shape[1] // 4
     jax.tree.map(np.testing.assert_array_equal, one, four)
-    assert load_base_params(base, jnp.bfloat16, make_mesh())["norm"][
-        "scale"
-    ].dtype == jnp.dtype(jnp.bfloat16)
+    narrow = load_base(base, jnp.bfloat16, make_mesh())["params"]
+    assert narrow["norm"]["scale"].dtype == jnp.dtype(jnp.bfloat16)
 
 
 def test_base_hash_is_of_the_weights_alone(tiny_llama: Path, tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
     model = Decoder(SPEC, remat=remat)
     plan, lora = small_lora(model, rank=8)
     shapes = abstract_params(model)
-    trained, frozen = jax.eval_shape(lambda p: split(method, p, lora), shapes)
+    trained, frozen = jax.eval_shape(
+        lambda p: split(method, {"params": p}, lora), shapes
+    )
     tx = make_optimizer(optim_config(), 10)
     state = jax.eval_shape(lambda t: init_state(t, tx, 0), trained)
     row = jax.ShapeDtypeStruct((1, ROWS, LENGTH), jnp.int32)
@@ -52,6 +54,7 @@ def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
     shape = Shape(
         model,
         plan if method == "lora" else None,
+        {},
         jnp.dtype(jnp.float32),
         jnp.dtype(jnp.float32),
     )

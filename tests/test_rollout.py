@@ -67,7 +67,7 @@ def naive(variables: Any, prompt: list[int], count: int) -> list[int]:
 
 
 def test_cached_logits_equal_uncached(params: Any) -> None:
-    weights = split_layers(params, jnp.float32)
+    weights = split_layers({"params": params}, jnp.float32)
     ids = np.random.default_rng(0).integers(0, 48, (2, 12))
     cache = init_cache(SPEC, 2, 16, jnp.float32)
     start = jnp.asarray([0, 3])

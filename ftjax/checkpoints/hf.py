@@ -11,7 +11,7 @@ dtype, put on its devices, and let go.
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from ftjax.models.config_reader import say
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import Weight, model_weights
 from ftjax.models.spec import ModelSpec
+from ftjax.quant.formats import Format
+from ftjax.quant.qtensor import QTensor, abstract, quantize
 
 __all__ = [
     "Weights",
@@ -47,7 +49,7 @@ _PACKED = re.compile(
     r"weight_packed|weight_blocks|bitsandbytes__\w+)$|\.quant_state\."
 )
 Note = Callable[[str], None]
-Put = Callable[[LeafPath, np.ndarray], Any]
+Put = Callable[[LeafPath, Any], Any]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -205,7 +207,12 @@ def check_vocab(spec: ModelSpec, tokenizer_size: int, where: str) -> None:
 
 
 def load_params(
-    weights: Weights, *, dtype: str, put: Put | None = None, note: Note = say
+    weights: Weights,
+    *,
+    dtype: str,
+    put: Put | None = None,
+    formats: Mapping[LeafPath, Format] | None = None,
+    note: Note = say,
 ) -> dict[str, Any]:
     """Reads the weights into the tree of `Decoder`, leaf by leaf.
 
@@ -214,6 +221,8 @@ def load_params(
       dtype: 'float32' or 'bfloat16'.
       put: (path, host array of that dtype) -> array on its devices; `jax.device_put`
         where it is None. The host array is not used again.
+      formats: of the projections, by path, that are quantized while they are read:
+        one tensor is in memory as floats at a time. Their leaves are `QTensor`s.
       note: told when weights lose precision, and of matrices that are all zero.
 
     Raises:
@@ -230,19 +239,50 @@ def load_params(
     _tell_policy(weights, dtype, note)
     tree: dict[str, Any] = {}
     for path, weight in model_weights(weights.spec).items():
-        host = np.empty(weight.leaf_shape, target)
-        rows = host if weight.layers else host[None]
-        for row, name in zip(rows, weight.names, strict=True):
-            _fill(row, weight, weights.tensors[name], name, note)
+        fmt = (formats or {}).get(path[:-1]) if path[-1] == "w" else None
+        host: Any
+        if fmt is None:
+            host = _floats(weights, weight, target, note)
+        else:
+            host = _codes(weights, weight, fmt, note)
         leaf = jax.device_put(host) if put is None else put(path, host)
         # Transfers run behind our back: wait, or the host copies pile up.
         jax.block_until_ready(leaf)
-        del host, rows, row
+        del host
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})
         node[path[-1]] = leaf
     return tree
+
+
+def _floats(
+    weights: Weights, weight: Weight, dtype: np.dtype[Any], note: Note
+) -> np.ndarray:
+    """A leaf, as floats."""
+    host = np.empty(weight.leaf_shape, dtype)
+    rows = host if weight.layers else host[None]
+    for row, name in zip(rows, weight.names, strict=True):
+        _fill(row, weight, weights.tensors[name], name, note)
+    return host
+
+
+def _codes(weights: Weights, weight: Weight, fmt: Format, note: Note) -> QTensor:
+    """A leaf, quantized layer by layer."""
+    inputs, outputs = weight.shape[: weight.inputs], weight.shape[weight.inputs :]
+    stack = (weight.layers,) if weight.layers else ()
+    shapes = abstract(inputs, outputs, fmt, stack)
+    host = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), shapes)
+    for i, name in enumerate(weight.names):
+        stored_OI = np.empty(weight.stored_shape, np.float32)
+        _fill(stored_OI.T, weight, weights.tensors[name], name, note)
+        layer = quantize(stored_OI, inputs, outputs, fmt)
+
+        def keep(all_layers: np.ndarray, one: np.ndarray, i: int = i) -> None:
+            all_layers[i if weight.layers else ...] = one
+
+        jax.tree.map(keep, host, layer)
+    return host
 
 
 def _tell_policy(weights: Weights, dtype: str, note: Note) -> None:

@@ -35,8 +35,8 @@ from ftjax.checkpoints.tensors import (
     write_tensors,
 )
 from ftjax.errors import UserError
-from ftjax.methods.lora import LoraPlan, SitePlan, put, site_names
-from ftjax.models.proj import Path, Site
+from ftjax.methods.lora import LoraPlan, SitePlan
+from ftjax.models.proj import Path, Site, put, site_names
 from ftjax.weights import Delta
 
 TENSORS = "adapter_model.safetensors"

@@ -4,9 +4,7 @@ A plan says, for each site and layer, which rank and which alpha; everything els
 tree, the table, merging, export) follows from the plan and the sites.
 """
 
-import difflib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import UserError
-from ftjax.models.proj import Path, Site
+from ftjax.methods.patterns import each_matches, first, matches, pairs, patterns
+from ftjax.models.proj import HEAD, Path, Site, put, site_names
 from ftjax.weights import Delta
 
-HEAD = ("lm_head",)
 INITS = ("kaiming", "gaussian")
 
 
@@ -56,14 +54,6 @@ class LoraPlan:
     dropout: float = 0.0
 
 
-def site_names(site: Site) -> list[str]:
-    """The Hugging Face module names of a site, one per layer."""
-    if site.layers is None:
-        return [".".join(site.path)]
-    head, *rest = site.path
-    return [f"model.{head}.{i}." + ".".join(rest) for i in range(site.layers)]
-
-
 def plan_lora(sites: Mapping[Path, Site], config: Any) -> LoraPlan:
     """Resolves targets and patterns against the sites of a model.
 
@@ -80,113 +70,32 @@ def plan_lora(sites: Mapping[Path, Site], config: Any) -> LoraPlan:
     """
     body = {path: site for path, site in sites.items() if path != HEAD}
     everything = [name for site in sites.values() for name in site_names(site)]
-    patterns = _patterns(config.targets, "config.method.targets")
+    regexes = patterns(config.targets, "config.method.targets")
     if config.targets == "all-linear":
-        patterns = [r".*"]
-    _each_matches(patterns, everything, "config.method.targets")
-    _refuse_head(patterns, config.targets, sites)
-    ranks = _pairs(config.rank_pattern, "config.method.rank_pattern", int)
-    alphas = _pairs(config.alpha_pattern, "config.method.alpha_pattern", float)
-    for pairs, key in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
-        _each_matches(list(pairs), everything, f"config.method.{key}")
+        regexes = [r".*"]
+    each_matches(regexes, everything, "config.method.targets")
+    _refuse_head(regexes, config.targets, sites)
+    ranks = pairs(config.rank_pattern, "config.method.rank_pattern", int)
+    alphas = pairs(config.alpha_pattern, "config.method.alpha_pattern", float)
+    for values, key in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
+        each_matches(list(values), everything, f"config.method.{key}")
     plans = {}
     for path, site in body.items():
         names = site_names(site)
-        hit = [any(_matches(p, name) for p in patterns) for name in names]
+        hit = [any(matches(p, name) for p in regexes) for name in names]
         if any(hit):
             rank = [
-                _first(ranks, n, config.rank) if h else 0
+                first(ranks, n, config.rank) if h else 0
                 for n, h in zip(names, hit, strict=True)
             ]
-            alpha = [_first(alphas, name, config.alpha) for name in names]
+            alpha = [first(alphas, name, config.alpha) for name in names]
             _check_rank(site, max(rank))
             plans[path] = SitePlan(site, tuple(rank), tuple(alpha), config.use_rslora)
     return LoraPlan(plans, config.dropout)
 
 
-def split_list(text: str) -> list[str]:
-    """Splits at commas that are not inside brackets.
-
-    >>> split_list('q_proj,layers.[0,1].*v_proj')
-    ['q_proj', 'layers.[0,1].*v_proj']
-    """
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _patterns(text: str, key: str) -> list[str]:
-    patterns = split_list(text)
-    if not patterns:
-        raise UserError(
-            "there is nothing to train",
-            where=key,
-            expected="all-linear, or names such as q_proj,v_proj",
-            got=repr(text),
-        )
-    return patterns
-
-
-def _pairs(text: str, key: str, kind: type) -> dict[str, Any]:
-    pairs = {}
-    for part in split_list(text):
-        pattern, equals, value = part.rpartition("=")
-        try:
-            pairs[pattern] = kind(value)
-            bad = not equals or pairs[pattern] <= 0
-        except ValueError:
-            bad = True
-        if bad:
-            raise UserError(
-                "a pattern without a value",
-                where=key,
-                expected=f"regex=positive {kind.__name__}, separated by commas",
-                got=part,
-            )
-    return pairs
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
-
-
-def _first(pairs: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((v for p, v in pairs.items() if _matches(p, name)), default)
-
-
-def _each_matches(patterns: list[str], names: list[str], key: str) -> None:
-    counts = {}
-    for pattern in patterns:
-        try:
-            counts[pattern] = sum(_matches(pattern, name) for name in names)
-        except re.error as error:
-            raise UserError(
-                "this is not a regular expression",
-                where=key,
-                got=f"{pattern!r}: {error}",
-                fix="escape the character, or name the modules: q_proj,v_proj",
-            ) from error
-    lost = [pattern for pattern, count in counts.items() if not count]
-    if lost:
-        known = sorted({name.rsplit(".", 1)[-1] for name in names})
-        near = [n for p in lost for n in difflib.get_close_matches(p, known, 2, 0.5)]
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        raise UserError(
-            "a pattern matches no projection of this model",
-            where=key,
-            expected="every pattern to match; projections: " + ", ".join(known),
-            got=", ".join(f"{p} ({c} matches)" for p, c in counts.items()),
-            fix=hint + "norms and embeddings cannot be targets",
-        )
-
-
-def _refuse_head(patterns: list[str], targets: str, sites: Mapping[Path, Site]) -> None:
-    named = any(_matches(p, "lm_head") for p in patterns)
+def _refuse_head(regexes: list[str], targets: str, sites: Mapping[Path, Site]) -> None:
+    named = any(matches(p, "lm_head") for p in regexes)
     if named and targets != "all-linear" and HEAD in sites:
         raise UserError(
             "the output head cannot be a LoRA target",
@@ -254,13 +163,6 @@ def lora_axes(plan: LoraPlan) -> Any:
         b = (*stack, None, *site.axes[cut:])
         put(tree, path, {"w": Delta(a, b, stack, plan.dropout)})  # type: ignore
     return tree
-
-
-def put(tree: dict[str, Any], path: Path, value: Any) -> None:
-    """Sets a value in a nested dict."""
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
 
 
 def merge(params: Any, lora: Any) -> Any:

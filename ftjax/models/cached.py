@@ -16,18 +16,25 @@ from ftjax.models.decoder import Block, Decoder
 from ftjax.models.spec import ModelSpec
 from ftjax.weights import Array
 
-Weights = dict[str, Any]  # 'layers': a list of trees; 'rest': embeddings, norm, head
+Weights = dict[str, Any]  # 'layers': a list of variables; 'rest': those of the others
 Cache = list[dict[str, Array]]  # per layer 'k' and 'v': [B, K, S, H]
 
 
-def split_layers(params: Any, dtype: Any) -> Weights:
-    """The same weights, one tree per layer, in the dtype of the computation."""
-    params = jax.tree.map(lambda w: w.astype(dtype), params)
-    stack = params["layers"]
+def split_layers(variables: Any, dtype: Any) -> Weights:
+    """The same variables, one dict of collections per layer.
+
+    Float weights are cast to the dtype of the computation; codes stay packed.
+    """
+    params = jax.tree.map(lambda w: w.astype(dtype), variables["params"])
+    trees = {**variables, "params": params}
+    stack = {name: tree["layers"] for name, tree in trees.items() if "layers" in tree}
     count = jax.tree.leaves(stack)[0].shape[0]
     return {
         "layers": [jax.tree.map(lambda w, i=i: w[i], stack) for i in range(count)],
-        "rest": {name: tree for name, tree in params.items() if name != "layers"},
+        "rest": {
+            name: {key: value for key, value in tree.items() if key != "layers"}
+            for name, tree in trees.items()
+        },
     }
 
 
@@ -60,7 +67,7 @@ def cached_logits(
       start_B: int32 [B].
       cache: from `init_cache`, or from the call before.
     """
-    rest = {"params": weights["rest"]}
+    rest = weights["rest"]
     dtype = cache[0]["k"].dtype
     model = Decoder(spec, dtype=dtype)
     queries = slot + jnp.arange(tokens_BT.shape[1])
@@ -84,7 +91,7 @@ def cached_logits(
             layer["window"] = spec.windows[i]
         if spec.rope_layers and not spec.rope_layers[i]:
             layer["rope"] = False
-        x, new = block.apply({"params": tree}, x, layer, shared)
+        x, new = block.apply(tree, x, layer, shared)
         written.append(new)
     last = model.apply(rest, x[:, -1:], method=lambda m, h: m.unembed(m.norm(h)))
     return last[:, 0], written

@@ -16,6 +16,7 @@ from ftjax.gradients import KEPT
 from ftjax.models import layers
 from ftjax.models.proj import Proj
 from ftjax.models.spec import ModelSpec
+from ftjax.quant.qtensor import QTensor
 from ftjax.sharding import constrain_batch
 from ftjax.weights import Array
 
@@ -147,7 +148,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes={"params": 0, "quant": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=s.n_layers,
@@ -184,7 +185,8 @@ class Decoder(nn.Module):
         """The output matrix [D, V]; the embedding's transpose where they are tied."""
         if self.spec.tied:
             return self.embed_tokens.embedding.T
-        return self.lm_head.w
+        w = self.lm_head.w
+        return w.dense(self.dtype) if isinstance(w, QTensor) else w
 
     def logits(
         self, tokens_BT: Array, positions_BT: Array, segments_BT: Array
@@ -206,11 +208,13 @@ def hidden_and_head(
     """What a loss on packed rows starts from: hidden states [B, T, D] and head [D, V].
 
     Args:
-      variables: {'params': ..., 'lora': ...}; the policy. Without 'lora', the base.
+      variables: {'params': ..., 'quant': ..., 'lora': ...}, the policy; the base
+        without 'lora', and 'quant' where some weights are quantized.
       batch: `tokens`, `positions` and `segments`, int32 [B, T].
       key: draws the dropout; None in evaluation.
     """
     rngs = None if key is None else {"dropout": key}
     rows = (batch["tokens"], batch["positions"], batch["segments"])
     hidden = model.apply(variables, *rows, rngs=rngs)
-    return hidden, model.apply({"params": variables["params"]}, method="head")
+    base = {name: tree for name, tree in variables.items() if name != "lora"}
+    return hidden, model.apply(base, method="head")

@@ -4,6 +4,7 @@
 merging, sharding, export) is a loop over `find_sites(model)` and knows no model.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,16 +13,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ftjax.gradients import keep, project
+from ftjax.gradients import Weight, keep, project
 from ftjax.weights import Array, Delta
 
 Path = tuple[str, ...]
+
+HEAD = ("lm_head",)
+FOLD = 64  # tokens from which one product with the updated weight is the quicker way
 
 
 class Proj(nn.Module):
     """`einsum(eqn, x, w)`, plus the low-rank update if there is one, plus a bias.
 
-    Reads `params/.../w` and adds `lora/.../w` where that collection has a `Delta`.
+    Reads `quant/.../w` where that collection has a `QTensor`, else `params/.../w`, and
+    adds `lora/.../w` where that collection has a `Delta`.
 
     Attributes:
       eqn: such as 'BTD,DNH->BTNH'; w names its inputs first, then its outputs.
@@ -40,19 +45,24 @@ class Proj(nn.Module):
         fan = nn.initializers.variance_scaling(
             1.0, "fan_in", "normal", range(inputs), range(inputs, len(self.shape))
         )
-        self.w = self.param("w", nn.with_partitioning(fan, self.axes), self.shape)
+        self.w: Weight
+        if self.has_variable("quant", "w"):
+            self.w = self.get_variable("quant", "w")
+        else:
+            self.w = self.param("w", nn.with_partitioning(fan, self.axes), self.shape)
         if self.bias:
             zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[inputs:])
             self.b = self.param("b", zeros, self.shape[inputs:])
 
     def __call__(self, x: Array) -> Array:
-        w = self.w.astype(x.dtype)
         delta: Delta | None = self.get_variable("lora", "w")
         drops = delta is not None and delta.dropout > 0 and self.has_rng("dropout")
-        if delta is not None and x.dtype == jnp.float32 and not drops:
-            y = delta.folded(self.eqn, x, w)
+        tokens = x.size // math.prod(self.shape[: site_inputs(self.eqn)])
+        many = x.dtype == jnp.float32 and tokens >= FOLD
+        if delta is not None and many and not drops:
+            y = delta.folded(self.eqn, x, self.w)
         else:
-            y = project(self.eqn, x, w)
+            y = project(self.eqn, x, self.w)
             if delta is not None:
                 key = self.make_rng("dropout") if drops else None
                 y = y + delta(self.eqn, x, key)
@@ -92,6 +102,14 @@ class Site:
     @property
     def outputs(self) -> tuple[int, ...]:
         return self.shape[site_inputs(self.eqn) :]
+
+
+def site_names(site: Site) -> list[str]:
+    """The Hugging Face module names of a site, one per layer."""
+    if site.layers is None:
+        return [".".join(site.path)]
+    head, *rest = site.path
+    return [f"model.{head}.{i}." + ".".join(rest) for i in range(site.layers)]
 
 
 def find_sites(model: nn.Module) -> dict[Path, Site]:
@@ -144,3 +162,10 @@ def boxed_params(model: nn.Module) -> Any:
 def _init(model: nn.Module, key: Array) -> Any:
     token = jnp.zeros((1, 1), jnp.int32)
     return model.init(key, token, token, token, method="logits")["params"]
+
+
+def put(tree: dict[str, Any], path: Path, value: Any) -> None:
+    """Sets a value in a nested dict."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value

@@ -28,3 +28,29 @@ def write_random(path: Path, shapes: dict[str, list[int]]) -> None:
     """A safetensors file with a random tensor for each name."""
     tensors = {name: random_tensor(name, tuple(s)) for name, s in shapes.items()}
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def exact(array: np.ndarray) -> str:
+    """The bytes of an array in hex; their SHA-256 where that is shorter."""
+    data = np.ascontiguousarray(array).tobytes()
+    return data.hex() if len(data) <= 32 else hashlib.sha256(data).hexdigest()
+
+
+def quant_cases() -> dict[str, np.ndarray]:
+    """Weights [outputs, inputs] that try a quantizer: ties, zeros, partial blocks."""
+    plain = random_tensor("quant.plain.weight", (16, 128))
+    tied = np.zeros((4, 64), np.float32)
+    grid = np.linspace(-1, 1, 64, dtype=np.float32)
+    tied[0], tied[1] = grid, grid * np.float32(0.5)
+    tied[2, ::2], tied[3, 5] = np.float32(-0.25), np.float32(3)
+    tied[3, 6] = np.float32(-3 * 0.0052083334885537624 / 2)
+    wide = random_tensor("quant.wide.weight", (40, 512)) ** 3
+    return {
+        "plain": plain,
+        "ties": tied,
+        "rows": random_tensor("quant.rows.weight", (12, 40)),
+        "rest": random_tensor("quant.rest.weight", (7, 30)),
+        "odd": random_tensor("quant.odd.weight", (5, 7)),
+        "short": random_tensor("quant.short.weight", (1, 3)),
+        "many": wide.astype(np.float32),
+    }

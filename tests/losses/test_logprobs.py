@@ -125,7 +125,7 @@ def step_jaxpr(method: str, chunk: int) -> tuple[Jaxpr, int, int]:
     model = Decoder(spec)
     lora = small_lora(model)[1]
     trained, frozen = jax.eval_shape(
-        lambda params: split(method, params, lora), abstract_params(model)
+        lambda params: split(method, {"params": params}, lora), abstract_params(model)
     )
     tx = make_optimizer(optim_config(), 10)
     state = jax.eval_shape(lambda trained: init_state(trained, tx, 0), trained)
