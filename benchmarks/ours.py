@@ -100,8 +100,7 @@ def _generate(request: Request) -> Step:
     from ftjax.sharding import make_mesh
 
     spec, base = _load(request, make_mesh())
-    generator = Generator(spec, base)
-    del base
+    generator = Generator(spec, base, release=True)
 
     def step(index: int) -> list[int]:
         prompts = request.tokens(index)

@@ -67,6 +67,7 @@ def main(args: flags.FlagValues) -> dict[str, Any] | None:
         policy.variables,
         dtype=jnp.dtype(args.dtype),
         eos_ids=policy.base.eos_ids,
+        release=True,
     )
     _note(f"{policy.label}, {'chat template' if chat else 'raw text'}")
     tokenizer = policy.base.tokenizer

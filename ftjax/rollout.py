@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import UserError
-from ftjax.methods.lora import merge
 from ftjax.models.cached import (
     Cache,
     Weights,
@@ -108,11 +107,11 @@ class Generator:
 
     Args:
       spec: of the model.
-      variables: {'params': ..., maybe 'quant': ..., maybe 'lora': ...}. An update is
-        merged, in float32; beside a quantized base it stays apart, and codes stay
-        packed.
+      variables: {'params': ..., maybe 'quant': ..., maybe 'lora': ...}; see
+        `split_layers`.
       dtype: of the computation.
       eos_ids: the tokens that end a text; any of them.
+      release: `variables` are not used again: each array is given up once it is taken.
     """
 
     def __init__(
@@ -122,9 +121,10 @@ class Generator:
         *,
         dtype: Any = jnp.float32,
         eos_ids: Sequence[int] = (),
+        release: bool = False,
     ):
         self.spec, self.dtype, self.eos_ids = spec, dtype, tuple(eos_ids)
-        self._weights = _prepare(variables, jnp.dtype(dtype).name)
+        self._weights = split_layers(variables, dtype, release=release)
 
     def generate(
         self,
@@ -228,14 +228,6 @@ class _Run:
     fixed: tuple[_Static, Weights]
     rules: _Rules
     state: _State
-
-
-@partial(jax.jit, static_argnames="dtype")
-def _prepare(variables: Any, dtype: str) -> Weights:
-    if "lora" in variables and "quant" not in variables:
-        params = jax.tree.map(lambda w: w.astype(jnp.float32), variables["params"])
-        variables = {"params": merge(params, variables["lora"])}
-    return split_layers(variables, jnp.dtype(dtype))
 
 
 @partial(jax.jit, static_argnames=("static", "new", "dtype"))

@@ -6,6 +6,7 @@ here the layers are taken apart once, before the loop, and unrolled. The blocks 
 of their maths are those of `decoder`.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,28 +15,72 @@ import jax.numpy as jnp
 from ftjax.models import layers
 from ftjax.models.decoder import Block, Decoder
 from ftjax.models.spec import ModelSpec
-from ftjax.weights import Array
+from ftjax.weights import Array, Delta
 
 Weights = dict[str, Any]  # 'layers': a list of variables; 'rest': those of the others
 Cache = list[dict[str, Array]]  # per layer 'k' and 'v': [B, K, S, H]
 
 
-def split_layers(variables: Any, dtype: Any) -> Weights:
+def split_layers(variables: Any, dtype: Any, *, release: bool = False) -> Weights:
     """The same variables, one dict of collections per layer.
 
-    Float weights are cast to the dtype of the computation; codes stay packed.
+    Float weights are cast to the dtype of the computation, and get their updates added,
+    in float32, before; beside a quantized base, codes stay packed and updates apart.
+    One array is taken at a time; with `release` it is given up then, so that the
+    weights are never in memory twice.
     """
-    params = jax.tree.map(lambda w: w.astype(dtype), variables["params"])
-    trees = {**variables, "params": params}
-    stack = {name: tree["layers"] for name, tree in trees.items() if "layers" in tree}
-    count = jax.tree.leaves(stack)[0].shape[0]
+    merged = "lora" in variables and "quant" not in variables
+    deltas = variables["lora"] if merged else {}
+    change = partial(_take, jnp.dtype(dtype).name, release)
+    params = _walk(variables["params"], deltas, change)
+    stack = {"params": params.pop("layers")}
+    rest = {"params": params}
+    for name in {"quant", "lora"} & variables.keys() if not merged else ():
+        tree = variables[name]
+        stack[name] = jax.tree.map(lambda x: list(_cut(x)), tree.get("layers", {}))
+        rest[name] = {key: value for key, value in tree.items() if key != "layers"}
+    count = len(jax.tree.leaves(stack["params"], is_leaf=_is_list)[0])
+    layers = [
+        jax.tree.map(lambda cut, i=i: cut[i], stack, is_leaf=_is_list)
+        for i in range(count)
+    ]
+    return {"layers": layers, "rest": rest}
+
+
+def _walk(tree: Any, deltas: Any, change: Any, stacked: bool = False) -> Any:
+    """`change(stacked, array, update)` of every array; updates are at its own path."""
+    if not isinstance(tree, dict):
+        return change(stacked, tree, deltas or None)
     return {
-        "layers": [jax.tree.map(lambda w, i=i: w[i], stack) for i in range(count)],
-        "rest": {
-            name: {key: value for key, value in tree.items() if key != "layers"}
-            for name, tree in trees.items()
-        },
+        key: _walk(value, deltas.get(key, {}), change, stacked or key == "layers")
+        for key, value in tree.items()
     }
+
+
+def _take(dtype: str, release: bool, stacked: bool, w: Array, delta: Any) -> Any:
+    """One array, updated and cast; one per layer if it is a stack of them."""
+    changed = w
+    if stacked or delta is not None or w.dtype != dtype:
+        changed = jax.block_until_ready(_changed(w, delta, dtype, stacked))
+    if release and changed is not w:
+        w.delete()
+    return changed
+
+
+@partial(jax.jit, static_argnames=("dtype", "stacked"))
+def _changed(w: Array, delta: Delta | None, dtype: str, stacked: bool) -> Any:
+    if delta is not None:
+        w = w.astype(jnp.float32) + delta.dense()
+    w = w.astype(dtype)
+    return _cut(w) if stacked else w
+
+
+def _cut(stack: Array) -> list[Array]:
+    return [stack[i] for i in range(stack.shape[0])]
+
+
+def _is_list(node: Any) -> bool:
+    return isinstance(node, list)
 
 
 def init_cache(spec: ModelSpec, rows: int, slots: int, dtype: Any) -> Cache:

@@ -198,8 +198,8 @@ class Decoder(nn.Module):
         """Float32 logits of some hidden states."""
         if not self.spec.tied:
             return self.lm_head(hidden_BTD).astype(jnp.float32)
-        head = self.head().astype(hidden_BTD.dtype)
-        return jnp.einsum("BTD,DV->BTV", hidden_BTD, head).astype(jnp.float32)
+        table = self.embed_tokens.embedding.astype(hidden_BTD.dtype)
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD, table).astype(jnp.float32)
 
 
 def hidden_and_head(
