@@ -40,10 +40,8 @@ def _train(request: Request) -> Step:
     import jax
 
     from configs import sft
-    from ftjax.methods.lora import init_lora, plan_lora
-    from ftjax.methods.split import split
+    from ftjax.methods.method import plan_method
     from ftjax.models.decoder import Decoder
-    from ftjax.models.proj import find_sites
     from ftjax.optim import make_optimizer
     from ftjax.sharding import batch_sharding, make_mesh, put_batch
     from ftjax.step import init_state
@@ -56,11 +54,9 @@ def _train(request: Request) -> Step:
     mesh = make_mesh()
     spec, base = _load(request, mesh)
     model = Decoder(spec, dtype=np.float32, remat=config.model.remat, mesh=mesh)
-    lora = None
     if request.task == "lora":
         config.method.rank, config.method.alpha = request.rank, request.alpha
-        lora = init_lora(plan_lora(find_sites(model), config.method), config.seed)
-    trained, frozen = split(request.task, base, lora)
+    trained, frozen = plan_method(model, config.method).start(base, config.seed)
     del base
     tx = make_optimizer(config.optim, steps=1000)
     state = on_mesh(init_state(trained, tx, config.seed), mesh)

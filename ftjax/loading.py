@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +29,8 @@ from ftjax.checkpoints.peft import load_adapter
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError
-from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
+from ftjax.methods.lora import LoraPlan, lora_axes
+from ftjax.methods.method import Method, plan_method
 from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
 from ftjax.models.config_reader import say
 from ftjax.models.decoder import Decoder
@@ -40,6 +40,7 @@ from ftjax.models.registry import spec_from_config
 from ftjax.models.spec import ModelSpec
 from ftjax.quant.qtensor import QTensor
 from ftjax.sharding import make_mesh, shard_tree
+from ftjax.weights import join
 from ftjax.workdir import read_json
 
 PyTree = Any
@@ -161,6 +162,16 @@ def load_base(
     if not plan:
         return {"params": params}
     return {"params": without(params, plan), "quant": quant}
+
+
+def start(method: Method, base: PyTree, seed: int, mesh: Mesh) -> tuple[PyTree, PyTree]:
+    """(trained, frozen) at the start of a run, on their devices."""
+    trained, frozen = method.start(base, seed)
+    places = {
+        name: shard_tree(part.shapes, part.axes, mesh)
+        for name, part in method.parts.items()
+    }
+    return jax.device_put(trained, places), frozen
 
 
 def base_hash(base: Base) -> str:
@@ -289,24 +300,22 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
     step, which = _choose_step(saved, weights)
     meta = saved.meta(step)
     _check_hash(meta.get("base_hash"), base, f"{folder}/{step}/meta.json")
-    plan = None
-    if config["method"]["name"] == "lora":
-        plan = plan_lora(find_sites(decoder), SimpleNamespace(**config["method"]))
-        shapes = jax.eval_shape(partial(init_lora, plan, 0))
-        like = _like(shapes, lora_axes(plan), mesh)
-        trained = saved.restore(step, {"trained": {"lora": like}}, partial=True)
+    method = plan_method(decoder, SimpleNamespace(**config["method"]))
+    like = {
+        name: _like(part.shapes, part.axes, mesh) for name, part in method.parts.items()
+    }
+    trained = saved.restore(step, {"trained": like}, partial=True)["trained"]
+    if method.whole:
+        variables = jax.tree.map(lambda w: w.astype(dtype), trained)
+    else:
         formats = run_formats(config, decoder)
         loaded = load_base(base, dtype, mesh, formats=formats, note=note)
-        variables = {**loaded, **trained["trained"]}
-    else:
-        like = _like(abstract_params(decoder), params_axes(decoder), mesh)
-        trained = saved.restore(step, {"trained": {"params": like}}, partial=True)
-        variables = jax.tree.map(lambda w: w.astype(dtype), trained["trained"])
+        variables = join(start(method, loaded, config["seed"], mesh)[1], trained)
     return Policy(
         base,
         decoder,
         variables,
-        plan,
+        method.lora,
         f"run {workdir}, step {step} ({which})",
         base.spec.max_positions,
         step,

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ftjax.methods.lora import init_lora, lora_axes
 from ftjax.methods.quant import abstract_quant, quant_axes, without
 from ftjax.models.proj import abstract_params, find_sites, params_axes
 from ftjax.models.spec import ModelSpec
@@ -30,21 +29,13 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
       length: T, tokens per row.
       mesh: the devices.
     """
-    params = abstract_params(shape.model)
-    axes = params_axes(shape.model)
-    full = shape.plan is None
-    if shape.plan is None:
-        trained, trained_axes = params, axes
-    else:
-        plan = shape.plan
-        trained = jax.eval_shape(lambda: init_lora(plan, 0))
-        trained_axes = lora_axes(plan)
-    masters = _bytes(trained, trained_axes, mesh, 4)
+    method = shape.method
+    masters = sum(_bytes(p.shapes, p.axes, mesh, 4) for p in method.parts.values())
     rows = config.train.batch_size // config.train.accumulate
     tokens = math.ceil(rows / mesh.size) * length
     item = jnp.dtype(shape.dtype).itemsize
     sizes = {
-        "frozen weights": 0 if full else _frozen(shape, params, axes, mesh),
+        "frozen weights": 0 if method.whole else _frozen(shape, mesh),
         "trained weights": masters,
         "gradients": masters * (2 if config.train.accumulate > 1 else 1),
         "optimizer": MOMENTS * masters,
@@ -55,10 +46,13 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
     return {**sizes, "total": sum(sizes.values())}
 
 
-def _frozen(shape: Shape, params: Any, axes: Any, mesh: Mesh) -> int:
+def _frozen(shape: Shape, mesh: Mesh) -> int:
     """Bytes of the float weights, and of codes and scales."""
-    formats = shape.formats
-    floats = without(params, formats), without(axes, formats)
+    formats, model = shape.formats, shape.model
+    floats = (
+        without(abstract_params(model), formats),
+        without(params_axes(model), formats),
+    )
     total = _bytes(*floats, mesh, shape.param_dtype.itemsize)
     if formats:
         sites = find_sites(shape.model)
@@ -92,7 +86,7 @@ def _head(config: Any, shape: Shape, rows: float, length: int) -> int:
     spec = shape.model.spec
     positions = math.ceil(rows) * min(config.loss.chunk, length)
     logits = 3 * positions * spec.vocab_size * 4  # logits, exponentials, error
-    gradient = spec.d_model * spec.vocab_size * 4 if shape.plan is None else 0
+    gradient = spec.d_model * spec.vocab_size * 4 if shape.method.whole else 0
     return logits + gradient
 
 

@@ -4,7 +4,6 @@
 checked is what runs.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +15,9 @@ from jax.sharding import Mesh
 from ftjax.config import check_devices, check_positions, total_steps, validate
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
-from ftjax.loading import Base, load_base, open_base
-from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
+from ftjax.loading import Base, load_base, open_base, start
+from ftjax.methods.method import Method, Row, plan_method
 from ftjax.methods.quant import Plan, plan_quant
-from ftjax.methods.split import split
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import abstract_params, find_sites, init_params, params_axes
 from ftjax.sharding import make_mesh, shard_tree
@@ -100,12 +98,11 @@ def prepare_data(config: Any, base: Base) -> Data:
 class Shape:
     """A model and its method, by shape alone: nothing is read or compiled.
 
-    `plan` is LoRA's; None for full fine-tuning. `formats` are those of the projections
-    that are quantized.
+    `formats` are those of the projections that are quantized.
     """
 
     model: Decoder
-    plan: LoraPlan | None
+    method: Method
     formats: Plan
     dtype: Any
     param_dtype: Any
@@ -126,11 +123,9 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
     stored = config.model.param_dtype
     param_dtype = dtype if stored == "auto" else jnp.dtype(stored)
     model = Decoder(base.spec, dtype=dtype, remat=config.model.remat, mesh=mesh)
-    plan, sites = None, find_sites(model)
-    if config.method.name == "lora":
-        plan = plan_lora(sites, config.method)
-    formats = plan_quant(sites, config.quant)
-    return Shape(model, plan, formats, dtype, param_dtype)
+    method = plan_method(model, config.method)
+    formats = plan_quant(find_sites(model), config.quant)
+    return Shape(model, method, formats, dtype, param_dtype)
 
 
 def compute_dtype(name: str) -> Any:
@@ -147,14 +142,9 @@ def load_variables(
     if config.model.from_scratch:
         loaded = {"params": random_params(shape.model, config.seed, mesh)}
     else:
-        full = config.method.name == "full"
-        dtype = jnp.dtype(jnp.float32) if full else shape.param_dtype
+        dtype = jnp.dtype(jnp.float32) if shape.method.whole else shape.param_dtype
         loaded = load_base(base, dtype, mesh, formats=shape.formats)
-    lora = None
-    if shape.plan is not None:
-        lora = init_lora(shape.plan, config.seed, config.method.init)
-        lora = jax.device_put(lora, shard_tree(lora, lora_axes(shape.plan), mesh))
-    return split(config.method.name, loaded, lora)
+    return start(shape.method, loaded, config.seed, mesh)
 
 
 def random_params(model: Decoder, seed: int, mesh: Mesh) -> PyTree:
@@ -164,30 +154,9 @@ def random_params(model: Decoder, seed: int, mesh: Mesh) -> PyTree:
     return init(jax.random.key(seed))
 
 
-def trainable_rows(shape: Shape) -> list[tuple[str, str, str, int, int, float]]:
-    """The table of what is trained, one row per target, and a row for the whole.
-
-    Columns: target, shape of one weight, rank, layers, trained parameters, and their
-    percentage of the weights they update.
-    """
+def trainable_rows(shape: Shape) -> list[Row]:
+    """The table of what is trained, one row per target, and a row for the whole."""
     total = sum(leaf.size for leaf in jax.tree.leaves(shape.params))
-    rows: list[tuple[str, str, str, int, int, float]] = []
-    trained = total
-    if shape.plan is not None:
-        trained = sum(site.count for site in shape.plan.sites.values())
-        for path, at in shape.plan.sites.items():
-            layers = sum(rank > 0 for rank in at.ranks)
-            size = math.prod(at.site.inputs) * math.prod(at.site.outputs)
-            ranks = sorted({rank for rank in at.ranks if rank})
-            rows.append(
-                (
-                    path[-1],
-                    f"{math.prod(at.site.inputs)} x {math.prod(at.site.outputs)}",
-                    "/".join(map(str, ranks)),
-                    layers,
-                    at.count,
-                    100 * at.count / (layers * size),
-                )
-            )
-    rows.append(("all", "", "", 0, trained, 100 * trained / total))
-    return rows
+    trained = shape.method.count
+    whole = Row("all", "", "", 0, trained, 100 * trained / total)
+    return [*shape.method.rows, whole]

@@ -15,7 +15,7 @@ import optax
 
 from ftjax import runtime
 from ftjax.losses.causal_lm import Sums
-from ftjax.weights import Array
+from ftjax.weights import Array, join
 
 PyTree = Any
 Loss = Callable[[PyTree, PyTree, Array], Sums]  # (variables, batch, key) -> Sums
@@ -105,7 +105,7 @@ def sum_micro_batches(
     """Sums and the gradient of the summed loss, over micro-batches [k, ...]."""
 
     def objective(trained: PyTree, micro: PyTree, key: Array) -> tuple[Array, Sums]:
-        sums = loss({**frozen, **trained}, micro, key)
+        sums = loss(join(frozen, trained), micro, key)
         return sums.loss, sums
 
     grad = jax.value_and_grad(objective, has_aux=True)

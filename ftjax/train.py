@@ -41,6 +41,7 @@ from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding, put_batch, replicated
 from ftjax.signals import StopRequest
 from ftjax.step import Loss, TrainState, compile_lean, init_state, make_train_step
+from ftjax.weights import join
 from ftjax.workdir import Workdir, compare_values
 
 PyTree = Any
@@ -119,8 +120,8 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         with log, Progress(steps, start=first) as progress:
             look = Look(config, ready, log, progress)
             if not first:
-                look.sample(0, {**frozen, **state.trained})
-                meta["best"] = look.evaluate(0, {**frozen, **state.trained})
+                look.sample(0, join(frozen, state.trained))
+                meta["best"] = look.evaluate(0, join(frozen, state.trained))
             clock = Clock(steps - first, meta["seconds"])
             batches = micro_batches(data, config, first, steps)
             for step, values, now in run_steps(
@@ -139,9 +140,9 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                     continue
                 state, score, better = now, None, False
                 if due(step, c.sample_every):
-                    look.sample(step, {**frozen, **state.trained})
+                    look.sample(step, join(frozen, state.trained))
                 if due(step, c.eval_every):
-                    score = look.evaluate(step, {**frozen, **state.trained})
+                    score = look.evaluate(step, join(frozen, state.trained))
                     better = score is not None and not score >= meta["best"]
                     meta["best"] = score if better else meta["best"]
                 kept = better and c.keep_best > 0
@@ -338,7 +339,7 @@ def finish(
 ) -> None:
     """Leaves the report, and the adapter of the best step, or of the last."""
     step = checkpoints.best() or checkpoints.latest()
-    if shape.plan is not None and step is not None:
+    if shape.method.lora is not None and step is not None:
         lora = state.trained["lora"]
         if step != int(state.step):
             like = {"trained": {"lora": lora}}
@@ -348,7 +349,7 @@ def finish(
         save = partial(
             save_adapter,
             lora=lora,
-            plan=shape.plan,
+            plan=shape.method.lora,
             base_name=public_name(base),
             base_hash=base_hash,
         )

@@ -1,4 +1,6 @@
-"""The kinds of leaves beside plain arrays: a low-rank update of a weight."""
+"""The low-rank update of a weight; and how trained and frozen trees come together."""
+
+from typing import Any
 
 import flax.struct
 import jax
@@ -68,3 +70,15 @@ def low_rank(eqn: str) -> tuple[str, str]:
     w_out = "".join(c for c in w if c not in x)
     low = "".join(c for c in x if c not in w) + "r"
     return f"{x},{w_in}r->{low}", f"{low},r{w_out}->{y}"
+
+
+def join(frozen: Any, trained: Any) -> Any:
+    """The variables of the policy: trained leaves beside frozen ones, or over them.
+
+    A stack of which only the last layers are trained is put together again, in the
+    dtype of the frozen ones.
+    """
+    if isinstance(frozen, dict) and isinstance(trained, dict):
+        both = {k: join(frozen[k], trained[k]) for k in frozen.keys() & trained.keys()}
+        return {**frozen, **trained, **both}
+    return jnp.concatenate([frozen, trained.astype(frozen.dtype)])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.methods.lora import LoraPlan, init_lora, plan_lora
+from ftjax.methods.method import plan_method
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites, init_params
 from ftjax.models.spec import ModelSpec
@@ -60,6 +61,13 @@ def small_lora(model: Decoder, *, live: bool = False, **changes: Any) -> Any:
     if live:
         tree = jax.tree.map(moved, tree)
     return plan, tree
+
+
+def split(method: str, base: Any, lora: Any) -> tuple[Any, Any]:
+    """(trained, frozen) of a base and an update that the test has made."""
+    if method == "lora":
+        return {"lora": lora}, base
+    return plan_method(Decoder(SPEC), SimpleNamespace(name=method)).start(base, 0)
 
 
 def moved(leaf: Any) -> Any:

@@ -12,7 +12,6 @@ import pytest
 
 from ftjax.checkpoints.hf import load_params, open_weights
 from ftjax.methods.lora import init_lora, plan_lora
-from ftjax.methods.split import split
 from ftjax.models.decoder import Decoder
 from ftjax.models.names import model_weights
 from ftjax.models.proj import find_sites, put, site_names
@@ -22,6 +21,7 @@ from ftjax.step import init_state, make_train_step
 from ftjax.train import make_loss
 from tests.goldens import make_steps
 from tests.goldens.weights import random_tensor, write_random
+from tests.models_small import split
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens/steps.json").read_text())
 LENGTH = 20

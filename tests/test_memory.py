@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from ftjax.memory import estimate
-from ftjax.methods.split import split
+from ftjax.methods.method import plan_method
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import abstract_params
 from ftjax.models.spec import ModelSpec
@@ -16,7 +16,7 @@ from ftjax.prepare import Shape
 from ftjax.sharding import make_mesh
 from ftjax.step import init_state, make_train_step
 from ftjax.train import make_loss
-from tests.models_small import optim_config, small_lora
+from tests.models_small import lora_config, optim_config
 
 SPEC = ModelSpec("llama", 512, 64, 4, 4, 2, 16, 160, tied=True)
 ROWS, LENGTH = 16, 128
@@ -26,10 +26,10 @@ ROWS, LENGTH = 16, 128
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
     model = Decoder(SPEC, remat=remat)
-    plan, lora = small_lora(model, rank=8)
-    shapes = abstract_params(model)
+    settings = lora_config(name=method, rank=8, init="kaiming")
+    plan = plan_method(model, settings)
     trained, frozen = jax.eval_shape(
-        lambda p: split(method, {"params": p}, lora), shapes
+        lambda p: plan.start({"params": p}, 0), abstract_params(model)
     )
     tx = make_optimizer(optim_config(), 10)
     state = jax.eval_shape(lambda t: init_state(t, tx, 0), trained)
@@ -48,12 +48,12 @@ def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
     config = SimpleNamespace(
         train=SimpleNamespace(batch_size=ROWS * 4, accumulate=1),
         model=SimpleNamespace(remat=remat),
-        method=SimpleNamespace(name=method, rank=8),
+        method=settings,
         loss=SimpleNamespace(chunk=32),
     )
     shape = Shape(
         model,
-        plan if method == "lora" else None,
+        plan,
         {},
         jnp.dtype(jnp.float32),
         jnp.dtype(jnp.float32),

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from ftjax.methods.lora import lora_axes
-from ftjax.methods.split import split
 from ftjax.models.decoder import Decoder, hidden_and_head
 from ftjax.models.proj import params_axes
 from ftjax.optim import make_optimizer
@@ -22,6 +21,7 @@ from tests.models_small import (
     small_batch,
     small_lora,
     small_model,
+    split,
 )
 
 METHODS = ("lora", "full")

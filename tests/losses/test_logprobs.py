@@ -10,13 +10,19 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from ftjax.losses.logprobs import chunked_nll
-from ftjax.methods.split import split
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import abstract_params
 from ftjax.optim import make_optimizer
 from ftjax.step import init_state, make_train_step
 from ftjax.train import make_loss
-from tests.models_small import SPEC, micro, optim_config, small_batch, small_lora
+from tests.models_small import (
+    SPEC,
+    micro,
+    optim_config,
+    small_batch,
+    small_lora,
+    split,
+)
 
 B, T, D, V = 3, 13, 8, 29
 
