@@ -47,7 +47,8 @@ def optim_config(**changes: Any) -> SimpleNamespace:
 
 @cache
 def small_params() -> Any:
-    return jax.jit(partial(init_params, Decoder(SPEC)))(jax.random.key(0))
+    with jax.enable_x64(False):  # whoever asks first: they are kept
+        return jax.jit(partial(init_params, Decoder(SPEC)))(jax.random.key(0))
 
 
 def small_model(**changes: Any) -> tuple[Decoder, Any]:
