@@ -69,7 +69,8 @@ def test_micro_batches_are_one_big_batch_in_float64(method: str) -> None:
 def test_micro_batches_of_unequal_tokens_give_the_same_update(method: str) -> None:
     model, params = small_model()
     trained, frozen = parts(method, model, params)
-    tx = make_optimizer(optim_config(), 10)
+    # A large eps: Adam makes a step of a gradient that is nothing but rounding.
+    tx = make_optimizer(optim_config(eps=1e-3), 10)
     step = jax.jit(make_train_step(make_loss(model, 8), tx))
     results = []
     for k in (1, 4):
@@ -79,7 +80,7 @@ def test_micro_batches_of_unequal_tokens_give_the_same_update(method: str) -> No
         results.append((float(metrics["loss"]), state.trained))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
         *(r[1] for r in results),
     )
 
@@ -99,7 +100,7 @@ def test_four_devices_give_the_numbers_of_one(
     spread_model = Decoder(SPEC, mesh=mesh)
     # Copies: the step is given its state to keep, and other tests use these weights.
     places = shard_tree(params, params_axes(model), mesh)
-    placed = jax.device_put(params, places, may_alias=False)
+    placed = jax.device_put(jax.tree.map(jnp.copy, params), places)
     plan, lora = small_lora(model, live=True)
     lora = jax.device_put(lora, shard_tree(lora, lora_axes(plan), mesh))
     spread, spread_frozen = split(method, {"params": placed}, lora)
