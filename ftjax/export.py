@@ -62,7 +62,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         dtype=jnp.float32,
         weights=args.weights,
     )
-    _refuse_source(out, policy.base, args.adapter)
+    refuse_source(out, policy.base, args.adapter)
     if args.to == "peft":
         write_adapter(out, policy)
         dtype = "float32"
@@ -102,7 +102,7 @@ def _check(args: flags.FlagValues) -> Path:
     return out
 
 
-def _refuse_source(out: Path, base: Base, adapter: str) -> None:
+def refuse_source(out: Path, base: Base, adapter: str) -> None:
     """Nothing is written into the folders that are read from."""
     for source in (base.dir, *([Path(adapter)] if adapter else [])):
         if out.resolve().is_relative_to(source.expanduser().resolve()):
@@ -135,7 +135,7 @@ def write_adapter(out: Path, policy: Policy) -> None:
             "targets": ", ".join(path[-1] for path in plan.sites),
             "trained parameters": count(sum(at.count for at in plan.sites.values())),
         }
-        _write_rest(folder, policy, facts, "peft")
+        write_rest(folder, policy, facts, "peft")
 
     write_folder(out, fill)
 
@@ -157,7 +157,7 @@ def write_merged(out: Path, policy: Policy, dtype: str) -> None:
     def fill(folder: Path) -> None:
         save_params(folder, params, base.spec, config=base.config, dtype=dtype)
         facts = {"weights": f"{count(numbers)} parameters, {dtype}"}
-        _write_rest(folder, policy, facts, "transformers")
+        write_rest(folder, policy, facts, "transformers")
 
     write_folder(out, fill)
 
@@ -180,7 +180,7 @@ def _hash(base: Base) -> str | None:
     return base_hash(base) if base.weights is not None else None
 
 
-def _write_rest(
+def write_rest(
     folder: Path, policy: Policy, facts: dict[str, str], library: str
 ) -> None:
     """The tokenizer, its template, the generation config and the model card."""

@@ -18,7 +18,7 @@ from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
 from ftjax.loading import Base, load_base, open_base
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
-from ftjax.methods.quant import Plan, plan_quant
+from ftjax.methods.quant import Plan, plan_quant, stored_plan
 from ftjax.methods.split import split
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import abstract_params, find_sites, init_params, params_axes
@@ -130,6 +130,9 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
     if config.method.name == "lora":
         plan = plan_lora(sites, config.method)
     formats = plan_quant(sites, config.quant)
+    if base.weights is not None and base.weights.formats:
+        full = config.method.name == "full"
+        formats = stored_plan(base.weights.formats, formats, base.name, full)
     return Shape(model, plan, formats, dtype, param_dtype)
 
 
