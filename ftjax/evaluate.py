@@ -6,10 +6,12 @@ In float32. The loss is per trained token: of plain text every token after the f
 prompts and conversations the answers (--nocompletion_only: everything).
 """
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
@@ -77,20 +79,32 @@ def measure(
         as this command has them.
       tell: prints the report of the data.
     """
-    dataset = _dataset(args, policy.base)
+    batches, report = read_batches(args, policy.base, mesh)
     if tell:
-        say(dataset.report.text())
-    longest = _max_length(args, policy.base)
-    length = row_length(dataset, max_length=longest, packing=False)
-    loader = Loader(dataset, length=length, packing=True, seed=0, shuffle=False)
-    rows = -(-min(args.batch_size, loader.rows_per_epoch) // mesh.size) * mesh.size
+        say(report.text())
     found = evaluate(
         make_sum_batch(policy.model, CHUNK),
         policy.variables,
-        loader.epoch(rows),
+        batches,
         batch_sharding(mesh),
     )
-    return found, dataset.report
+    return found, report
+
+
+def read_batches(
+    args: Any, base: Base, mesh: Mesh
+) -> tuple[Iterator[dict[str, np.ndarray]], DataReport]:
+    """The batches of a data set, in file order, and what the data was.
+
+    Args:
+      args: as in `measure`.
+    """
+    dataset = _dataset(args, base)
+    longest = _max_length(args, base)
+    length = row_length(dataset, max_length=longest, packing=False)
+    loader = Loader(dataset, length=length, packing=True, seed=0, shuffle=False)
+    rows = -(-min(args.batch_size, loader.rows_per_epoch) // mesh.size) * mesh.size
+    return loader.epoch(rows), dataset.report
 
 
 def _dataset(args: Any, base: Base) -> Dataset:

@@ -21,7 +21,7 @@ from absl import flags
 
 from ftjax import cli
 from ftjax.checkpoints.folder import refuse_existing, write_folder
-from ftjax.checkpoints.hf import Weights, read_matrix, read_plain
+from ftjax.checkpoints.hf import Weights, read_matrix, read_plain, tell_policy
 from ftjax.checkpoints.quant_save import save_quantized
 from ftjax.console import count, say, table
 from ftjax.curves import write_errors_png
@@ -50,7 +50,7 @@ def define(args: flags.FlagValues) -> None:
     text("model", "", "a checkpoint folder, a Hub name, or 'base'", flag_values=args)
     text("revision", "main", "of a name on the Hub", flag_values=args)
     text("out", "", "the folder to make", flag_values=args)
-    define_format(args, "format", list(NAMES))
+    cli.define_format(args, "format", list(NAMES), "of the weights")
     flags.DEFINE_enum(
         "dtype",
         "auto",
@@ -63,23 +63,6 @@ def define(args: flags.FlagValues) -> None:
     integer("rows", 64, "at most so many; 0: all", lower_bound=0, flag_values=args)
     integer("max_length", 512, "tokens a row", lower_bound=0, flag_values=args)
     integer("batch_size", 8, "rows at a time", lower_bound=1, flag_values=args)
-
-
-def define_format(args: flags.FlagValues, name: str, allowed: list[str]) -> None:
-    """The flags that say how weights are quantized; `name` is that of the format."""
-    text = flags.DEFINE_string
-    flags.DEFINE_enum(name, None, allowed, "of the weights", flag_values=args)
-    flags.DEFINE_integer("group", -1, "numbers a scale; 0: a channel", flag_values=args)
-    flags.DEFINE_enum(
-        "scheme",
-        "symmetric",
-        ["symmetric", "affine"],
-        "of int8 and int4: without or with a zero point",
-        flag_values=args,
-    )
-    flags.DEFINE_bool("double_quant", False, "quantize the scales", flag_values=args)
-    text("targets", "all-linear", "which projections: regexes", flag_values=args)
-    text("pattern", "", "regex=format,... before --format", flag_values=args)
 
 
 def main(args: flags.FlagValues) -> dict[str, Any]:
@@ -104,6 +87,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     dtype = args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if weights.dtype == "BF16" else "float32"
+    tell_policy(weights, dtype, plan, say)
     numbers = quantized_numbers(base.spec, plan, dtype)
     parent = next(p for p in out.absolute().parents if p.exists())
     require_space(parent, numbers["bytes"], "the quantized model")
@@ -113,7 +97,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         errors = Errors(base.spec, plan)
         save_quantized(
             folder,
-            reader(weights, plan),
+            reader(weights, plan, dtype),
             base.spec,
             plan,
             config=base.config,
@@ -153,13 +137,13 @@ def quantized_numbers(spec: ModelSpec, plan: Plan, dtype: str) -> dict[str, int]
     return found
 
 
-def reader(weights: Weights, plan: Plan) -> Any:
+def reader(weights: Weights, plan: Plan, dtype: str = "float32") -> Any:
     """Reads what `save_quantized` asks for out of a checkpoint."""
 
     def read(path: LeafPath, weight: Weight, i: int) -> np.ndarray:
         if path[-1] == "w" and path[:-1] in plan:
             return read_matrix(weights, weight, i, say)
-        return read_plain(weights, weight, i, say)
+        return read_plain(weights, weight, i, dtype, say)
 
     return read
 

@@ -25,6 +25,7 @@ from ftjax.checkpoints.hub import find_model
 from ftjax.checkpoints.jsonfile import inside, read_json
 from ftjax.checkpoints.packed import Packed, weight_of
 from ftjax.checkpoints.quantized import find_packed
+from ftjax.checkpoints.sums import check_sums
 from ftjax.checkpoints.tensors import FLOATS, Tensor
 from ftjax.errors import UserError
 from ftjax.models.config_reader import say
@@ -261,8 +262,9 @@ def load_params(
             got=repr(dtype),
         )
     target = DTYPES[dtype]
-    _tell_policy(weights, dtype, note)
     plan = {**(formats or {}), **weights.formats}
+    tell_policy(weights, dtype, plan, note)
+    check_sums(weights.folder, (tensor.file for tensor in weights.tensors.values()))
     tree: dict[str, Any] = {}
     for path, weight in model_weights(weights.spec).items():
         fmt = plan.get(path[:-1]) if path[-1] == "w" else None
@@ -316,26 +318,34 @@ def _codes(weights: Weights, weight: Weight, fmt: Format, note: Note) -> QTensor
 
 def read_matrix(weights: Weights, weight: Weight, i: int, note: Note) -> np.ndarray:
     """The matrix [outputs, inputs] of layer `i`, float32, every value looked at."""
-    stored_OI = np.empty(weight.stored_shape, np.float32)
-    name = weight.names[i]
-    _fill(stored_OI.T, weight, weights.tensors[name], name, note)
-    return stored_OI
+    return read_plain(weights, weight, i, "float32", note)
 
 
-def read_plain(weights: Weights, weight: Weight, i: int, note: Note) -> np.ndarray:
-    """A tensor as published, in its own dtype, every value looked at."""
+def read_plain(
+    weights: Weights, weight: Weight, i: int, dtype: str, note: Note
+) -> np.ndarray:
+    """A tensor as published, in a dtype of `DTYPES`, every value looked at."""
+    stored = np.empty(weight.stored_shape, DTYPES[dtype])
     name = weight.names[i]
-    tensor = weights.tensors[name]
-    stored = np.empty(weight.stored_shape, FLOATS[tensor.dtype])
-    _fill(stored.T if weight.inputs else stored, weight, tensor, name, note)
+    row = stored.T if weight.inputs else stored
+    _fill(row, weight, weights.tensors[name], name, note)
     return stored
 
 
-def _tell_policy(weights: Weights, dtype: str, note: Note) -> None:
-    """One line for each stored dtype that the wanted one cannot hold exactly."""
+def tell_policy(
+    weights: Weights, dtype: str, plan: Mapping[LeafPath, Format], note: Note
+) -> None:
+    """One line for each stored dtype that the wanted one cannot hold exactly.
+
+    Of what stays floating point; codes are made from float32.
+    """
     exact = {"float32": ("F32", "BF16", "F16"), "bfloat16": ("BF16",)}[dtype]
-    floats = (t for n, t in weights.tensors.items() if not _is_part(n, weights.packed))
-    stored = Counter(t.dtype for t in floats)
+    stored = Counter(
+        weights.tensors[name].dtype
+        for path, weight in model_weights(weights.spec).items()
+        if path[-1] != "w" or path[:-1] not in plan
+        for name in weight.names
+    )
     for name, count in stored.items():
         if name not in exact:
             note(f"{weights.folder}: {count} {name} tensors are rounded to {dtype}")

@@ -18,6 +18,7 @@ import numpy as np
 from ftjax.checkpoints.hf_save import DTYPES, write_config, write_shards
 from ftjax.checkpoints.packed import STATE
 from ftjax.checkpoints.quantized import describe_formats
+from ftjax.checkpoints.sums import write_sums
 from ftjax.checkpoints.tensors import Entry
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import Weight, model_weights
@@ -44,7 +45,7 @@ def save_quantized(
     dtype: str,
     tell: Tell | None = None,
 ) -> None:
-    """Writes `config.json` and safetensors; the codes are those of `encode`.
+    """Writes `config.json`, safetensors and their hashes; codes are `encode`'s.
 
     Args:
       folder: exists; the caller renames it into place when all is written.
@@ -57,6 +58,7 @@ def save_quantized(
     """
     entries = _entries(read, spec, plan, dtype, tell)
     write_shards(folder, entries, DTYPES[dtype])
+    write_sums(folder)
     write_config(folder, config, spec, dtype, quantization_config(plan, spec, dtype))
 
 
