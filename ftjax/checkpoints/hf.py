@@ -248,11 +248,11 @@ def load_params(
         where it is None. The host array is not used again.
       formats: of the projections, by path, that are quantized while they are read:
         one tensor is in memory as floats at a time. Their leaves are `QTensor`s, as
-        are those of the weights that are stored quantized, which nobody need name.
+        are those of what is stored quantized.
       note: told when weights lose precision, and of matrices that are all zero.
 
     Raises:
-      UserError: at the first tensor with a NaN or an infinity.
+      UserError: a file has changed, or at the first NaN or infinity.
     """
     if dtype not in DTYPES:
         raise UserError(
@@ -261,7 +261,6 @@ def load_params(
             expected=" or ".join(DTYPES),
             got=repr(dtype),
         )
-    target = DTYPES[dtype]
     plan = {**(formats or {}), **weights.formats}
     tell_policy(weights, dtype, plan, note)
     check_sums(weights.folder, (tensor.file for tensor in weights.tensors.values()))
@@ -270,7 +269,7 @@ def load_params(
         fmt = plan.get(path[:-1]) if path[-1] == "w" else None
         host: Any
         if fmt is None:
-            host = _floats(weights, weight, target, note)
+            host = _floats(weights, weight, DTYPES[dtype], note)
         else:
             host = _codes(weights, weight, fmt, note)
         leaf = jax.device_put(host) if put is None else put(path, host)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from ftjax.checkpoints.hf import Weights, load_params, open_weights, read_config
 from ftjax.checkpoints.packed import neighbours
 from ftjax.checkpoints.quant_save import pairs, save_quantized
+from ftjax.checkpoints.sums import SUMS
 from ftjax.errors import UserError
 from ftjax.methods.quant import Plan, plan_quant
 from ftjax.models.decoder import Decoder
@@ -172,6 +173,7 @@ def test_scales_are_numbers(bad: float, base: Path, tmp_path: Path) -> None:
     tensors = dict(load_file(file))
     tensors[f"{UP}.SCB"][3] = bad
     save_file(tensors, file)
+    (tmp_path / "out" / SUMS).unlink()
     notes: list[str] = []
     weights = opened(tmp_path / "out", notes)
     assert any("outliers (llm_int8_threshold 6.0)" in note for note in notes)
