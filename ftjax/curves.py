@@ -202,7 +202,6 @@ def write_errors_png(
     axes.set_title(title, loc="left", fontsize=11, parse_math=False)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative error of the weight")
-    axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.spines[["top", "right"]].set_visible(False)

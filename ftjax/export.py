@@ -3,6 +3,7 @@
     python -m ftjax.export --workdir=RUN --to=peft --out=DIR
     python -m ftjax.export --workdir=RUN --to=merged --out=DIR [--dtype=float32]
     python -m ftjax.export --workdir=RUN --to=merged --out=DIR --requantize=nf4
+    python -m ftjax.export --workdir=RUN --to=gguf --out=DIR [--dtype=q8_0]
 
 A quantized base is dequantized before the update is added, and the sum is written in 16
 bits: rounding it again to a few may lose what was learned. `--requantize` does so, and
@@ -20,38 +21,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from ftjax import cli
+from ftjax.checkpoints import gguf
 from ftjax.checkpoints.folder import refuse_existing, write_folder
 from ftjax.checkpoints.hf import save_params
-from ftjax.checkpoints.hf_save import Host
 from ftjax.checkpoints.peft import is_zero, save_adapter
 from ftjax.checkpoints.quant_save import save_quantized
 from ftjax.console import count, say
 from ftjax.data.tokenizer import FILES
 from ftjax.errors import UserError
-from ftjax.evals.change import change
-from ftjax.evaluate import read_batches
 from ftjax.loading import (
     Base,
     Policy,
     base_hash,
-    load_base,
-    open_base,
     open_policy,
     public_name,
     read_run_config,
 )
-from ftjax.methods.lora import merge
-from ftjax.methods.quant import Plan, dequantize, plan_quant
-from ftjax.models.decoder import Decoder
-from ftjax.models.names import Weight
+from ftjax.merged import kinds, measure_change, merged_params, tell_change, tree_reader
+from ftjax.methods.quant import Plan, plan_quant
 from ftjax.models.proj import find_sites
 from ftjax.quant.formats import NAMES
-from ftjax.quant.qtensor import QTensor
-from ftjax.sharding import batch_sharding, make_mesh
 from ftjax.workdir import require_space
 
 GENERATION = "generation_config.json"
@@ -60,14 +52,18 @@ GENERATION = "generation_config.json"
 def define(args: flags.FlagValues) -> None:
     cli.define_source(args)
     flags.DEFINE_enum(
-        "to", None, ["peft", "merged"], "an adapter or a whole model", flag_values=args
+        "to",
+        None,
+        ["peft", "merged", "gguf"],
+        "an adapter, a whole model, or that as one file for llama.cpp",
+        flag_values=args,
     )
     flags.DEFINE_string("out", "", "the folder to make", flag_values=args)
     flags.DEFINE_enum(
         "dtype",
         "auto",
-        ["auto", "float32", "bfloat16"],
-        "of a merged model's weights; auto: as the base's are stored",
+        ["auto", "float32", "bfloat16", *gguf.KINDS],
+        "of a merged model's weights; auto: as the base's are stored, f16 for gguf",
         flag_values=args,
     )
     what = "of the merged model's weights, quantized again"
@@ -93,6 +89,9 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     if args.to == "peft":
         write_adapter(out, policy)
         dtype = "float32"
+    elif args.to == "gguf":
+        dtype = "f16" if args.dtype == "auto" else args.dtype
+        write_gguf(out, policy, dtype)
     else:
         dtype = args.dtype if args.dtype != "auto" else stored_dtype(policy)
         found = write_merged(out, policy, dtype, args if args.requantize else None)
@@ -114,6 +113,13 @@ def _check(args: flags.FlagValues) -> Path:
     for name, fix in (("to", "--to=peft or --to=merged"), ("out", "--out=DIR")):
         if not getattr(args, name):
             raise UserError(f"--{name} is not given", where="command line", fix=fix)
+    if args.dtype != "auto" and (args.dtype in gguf.KINDS) != (args.to == "gguf"):
+        raise UserError(
+            "a dtype that does not go with what is exported",
+            where="--dtype, --to",
+            expected=f"{' or '.join(gguf.KINDS)} with --to=gguf, and only there",
+            got=f"--to={args.to} --dtype={args.dtype}",
+        )
     if args.requantize and args.to != "merged":
         raise UserError(
             "an adapter is not quantized",
@@ -188,7 +194,7 @@ def write_merged(
     Returns:
       what was measured, for `--json`.
     """
-    base, params = policy.base, policy.variables["params"]
+    base = policy.base
     plan: Plan = {}
     if requantize:
         settings = {"format": requantize.requantize, **requantize.flag_values_dict()}
@@ -196,10 +202,8 @@ def write_merged(
         plan = plan_quant(sites, SimpleNamespace(**settings), prefix="--")
     found: dict[str, Any] = {}
     if "quant" in policy.variables:
-        found["base"] = f"dequantized ({_kinds(policy.variables['quant'])})"
-        params = jax.jit(dequantize)(params, policy.variables["quant"])
-    if "lora" in policy.variables:
-        params = jax.jit(merge)(params, policy.variables["lora"])
+        found["base"] = f"dequantized ({kinds(policy.variables['quant'])})"
+    params = merged_params(policy)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
     parent = next(p for p in out.absolute().parents if p.exists())
     require_space(parent, numbers * jnp.dtype(dtype).itemsize, "the merged model")
@@ -218,69 +222,41 @@ def write_merged(
             facts["base, before the merge"] = found["base"]
         write_rest(folder, policy, facts, "transformers")
         if plan:
-            found["change"] = _change(folder, policy, params, requantize)
+            found["change"] = measure_change(folder, policy, params, requantize)
 
     write_folder(out, fill)
-    _tell(found)
+    tell_change(found)
     return found
 
 
-def _kinds(quant: Any) -> str:
-    leaves = jax.tree.leaves(quant, is_leaf=lambda x: isinstance(x, QTensor))
-    return "; ".join(sorted({str(leaf.format) for leaf in leaves}))
+def write_gguf(out: Path, policy: Policy, kind: str) -> None:
+    """Writes a folder with one file that llama.cpp loads."""
+    base, tokenizer = policy.base, policy.base.tokenizer
+    gguf.require(base.spec)
+    vocabulary = gguf.read_vocabulary(base.dir / "tokenizer.json", base.spec.vocab_size)
+    template = tokenizer.template
+    first = tokenizer.encode(["a"], add_special=True)[0][:1]
+    facts = {
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "pad": tokenizer.pad,
+        "add_bos": first == [tokenizer.bos_id],
+        "template": template.source if template is not None else None,
+    }
+    read = tree_reader(merged_params(policy))
 
-
-def tree_reader(params: Any) -> Any:
-    """Reads what `save_quantized` asks for out of a tree of arrays."""
-    hosts: dict[tuple[str, ...], Host] = {}
-
-    def read(path: tuple[str, ...], weight: Weight, i: int) -> np.ndarray:
-        if path not in hosts:
-            leaf = params
-            for key in path:
-                leaf = leaf[key]
-            hosts[path] = Host(leaf, weight)
-        return np.ascontiguousarray(hosts[path].stored(i))
-
-    return read
-
-
-def _change(folder: Path, policy: Policy, params: Any, args: Any) -> dict[str, float]:
-    """Of the folder as it was written, against the merge before it was quantized."""
-    mesh = make_mesh()
-    asked = SimpleNamespace(
-        data=args.data,
-        split=args.split,
-        rows=args.rows,
-        max_length=min(args.max_length, policy.base.spec.max_positions),
-        batch_size=1,
-        completion_only=True,
-        overlong="truncate",
-    )
-    batches, _ = read_batches(asked, policy.base, mesh)
-    written = open_base(str(folder), note=lambda _: None)
-    after = load_base(written, jnp.float32, mesh, note=lambda _: None)
-    return change(
-        Decoder(policy.base.spec),
-        {"params": params},
-        after,
-        batches,
-        batch_sharding(mesh),
-    )
-
-
-def _tell(found: dict[str, Any]) -> None:
-    if "base" in found:
-        say(f"the base was {found['base']}, then the update was added")
-    if "change" in found:
-        c = found["change"]
-        say(
-            f"quantized again, against the merge in float32: loss"
-            f" {c['loss_before']:.5f} -> {c['loss_after']:.5f}, KL {c['kl']:.5f}"
-            f" nats a token, |logits| moved by {c['logits_mean']:.4f} (at most"
-            f" {c['logits_max']:.3f}), {c['agree']:.2%} of {c['tokens']:,} likeliest"
-            f" tokens the same"
+    def fill(folder: Path) -> None:
+        gguf.write_gguf(
+            folder / "model.gguf",
+            read,
+            base.spec,
+            kind=kind,
+            name=base.dir.name,
+            vocabulary=vocabulary,
+            facts=facts,
         )
+
+    write_folder(out, fill)
 
 
 def stored_dtype(policy: Policy) -> str:

@@ -179,9 +179,10 @@ def _check_names(
     packed = [name for name in extra if _PACKED.search(name)]
     if packed:
         raise UserError(
-            "the checkpoint is quantized, which ftjax does not read",
+            "the checkpoint is quantized in a way that ftjax does not read",
             where=folder,
-            expected="float weights (bfloat16, float16, float32)",
+            expected="float weights, or those of bitsandbytes or ftjax with their"
+            " quantization_config in config.json",
             got=listed(packed, 3),
             fix="use the checkpoint before its quantization",
         )
