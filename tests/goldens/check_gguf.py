@@ -1,23 +1,25 @@
-"""GGUF files, read back by the `gguf` package: the same tensors, the same vocabulary.
+"""GGUF files, read back by the `gguf` package, and run by the real llama.cpp.
 
-Run by hand, from the root of the repository, where `gguf` is installed too:
+Run by hand, from the root of the repository, where `gguf` or `xllamacpp` is installed:
 
-    python -m tests.goldens.check_gguf DIR
+    python -m tests.goldens.check_gguf ours DIR      # jax, gguf: writes and reads back
+    python -m tests.goldens.check_gguf theirs DIR    # xllamacpp: runs them
+
+Compared are the log-probabilities of the greedy continuation of a text: of the model
+that ships, tokenizer and all, and of tiny ones of each family, by token ids.
 """
 
+import json
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ftjax.checkpoints.gguf import gguf_name, reordered
-from ftjax.loading import open_base
-from ftjax.models.names import model_weights
-from tests.tiny import FAMILIES, make_tiny_checkpoint
-
+IDS = [[11, 29, 31, 15, 13, 25, 19, 27, 17], [40, 5, 270, 90, 33]]
+TEXTS = ["The function returns a list of", "Return the number of items in the"]
+NEXT = 6
+TOLERANCE = 5e-3  # of float16, over log-probabilities
 # Of the largest number in a block of 32: half a step, and the scale is a float16.
 STEPS = {
     "F32": 0.0,
@@ -27,17 +29,20 @@ STEPS = {
 }
 
 
-def main(folder: Path) -> None:
+def ours(folder: Path) -> None:
     import gguf
 
+    from ftjax.loading import open_base
+    from tests.tiny import FAMILIES, make_tiny_checkpoint
+
+    wanted = {"base-f16": continued("base", [*TEXTS])}
+    export("base", "f16", folder / "base-f16")
     for family in FAMILIES:
         model = make_tiny_checkpoint(folder / family, family, vocab_size=288)
         base = open_base(str(model), note=lambda _: None)
         for kind in ("f16", "q8_0", "q4_0"):
             out = folder / f"{family}-{kind}"
-            command = [f"--model={model}", "--to=gguf", f"--dtype={kind}"]
-            module = [sys.executable, "-m", "ftjax.export", *command, f"--out={out}"]
-            subprocess.run(module, check=True)
+            export(str(model), kind, out)
             found = gguf.GGUFReader(out / "model.gguf")
             worst = compare(gguf, found, base)
             words = found.fields["tokenizer.ggml.tokens"].contents()
@@ -45,11 +50,75 @@ def main(folder: Path) -> None:
             ids = base.tokenizer.encode(["the thing"], add_special=False)[0]
             assert "".join(words[i] for i in ids) == "theĠthing"
             print(f"{family} {kind}: {len(found.tensors)} tensors, worst {worst}")
+        wanted[f"{family}-f16"] = continued(str(model), IDS)
+    (folder / "wanted.json").write_text(json.dumps(wanted))
     print(f"gguf {version('gguf')}: all as written")
 
 
+def export(model: str, kind: str, out: Path) -> None:
+    flags = [f"--model={model}", "--to=gguf", f"--dtype={kind}", f"--out={out}"]
+    subprocess.run([sys.executable, "-m", "ftjax.export", *flags], check=True)
+
+
+def continued(model: str, prompts: list[Any]) -> list[dict[str, Any]]:
+    """The greedy continuation of each prompt, with its log-probabilities."""
+    import jax
+    import jax.numpy as jnp
+
+    from ftjax.loading import open_policy
+
+    policy = open_policy(model=model, note=lambda _: None)
+    found = []
+    for prompt in prompts:
+        ids = prompt
+        if isinstance(prompt, str):
+            ids = policy.base.tokenizer.encode([prompt], add_special=True)[0]
+        ids, values = list(ids), []
+        for _ in range(NEXT):
+            tokens = jnp.asarray([ids], jnp.int32)
+            rows = (tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens))
+            logits = policy.model.apply(policy.variables, *rows, method="logits")
+            logp = jax.nn.log_softmax(logits[0, -1])
+            ids.append(int(jnp.argmax(logp)))
+            values.append(float(logp[ids[-1]]))
+        found.append({"prompt": prompt, "ids": ids[-NEXT:], "logp": values})
+    return found
+
+
+def theirs(folder: Path) -> None:
+    import xllamacpp
+
+    worst = 0.0
+    for name, cases in json.loads((folder / "wanted.json").read_text()).items():
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(folder / name / "model.gguf")
+        settings.n_ctx, settings.n_parallel, settings.warmup = 128, 1, False
+        server = xllamacpp.Server(settings)
+        for case in cases:
+            asked = {"prompt": case["prompt"], "max_tokens": NEXT, "temperature": 0}
+            answer = server.handle_completions({**asked, "logprobs": 1})
+            rows = answer["choices"][0]["logprobs"]["content"]
+            apart, at = [], 0
+            for row in rows:
+                # Tokens whose bytes make one character only together share a row,
+                # which is that of the last.
+                if row["id"] in case["ids"][at:]:
+                    at = case["ids"].index(row["id"], at) + 1
+                    apart.append(abs(row["logprob"] - case["logp"][at - 1]))
+            assert len(apart) > NEXT / 2, (name, rows, case)
+            print(f"{name}: {len(apart)} tokens, |logp| apart {max(apart):.1e}")
+            worst = max(worst, *apart)
+    print(f"worst {worst:.1e}; xllamacpp {version('xllamacpp')}")
+    assert worst < TOLERANCE
+
+
 def compare(gguf: Any, found: Any, base: Any) -> dict[str, float]:
-    """The largest error of each type, as a share of what the type allows."""
+    """The largest error of each type, after checking what the type allows."""
+    import numpy as np
+
+    from ftjax.checkpoints.gguf import gguf_name, reordered
+    from ftjax.models.names import model_weights
+
     stored = {tensor.name: tensor for tensor in found.tensors}
     worst: dict[str, float] = {}
     names = [n for weight in model_weights(base.spec).values() for n in weight.names]
@@ -71,4 +140,4 @@ def compare(gguf: Any, found: Any, base: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"ours": ours, "theirs": theirs}[sys.argv[1]](Path(sys.argv[2]))

@@ -8,7 +8,8 @@ Run by hand, from the root of the repository; the tests need neither:
     python -m tests.goldens.check_quant back DIR      # jax: reads those, and compares
 
 Logits are float32. bitsandbytes rounds the activations of its 8-bit layers to 8 bits
-too; they are compared with the weights that its layers hold, dequantized.
+too, and its 4-bit ones are less exact on a CPU ("as it runs", shown only): what is
+compared are the weights that its layers hold, dequantized.
 """
 
 import json
