@@ -91,7 +91,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         dtype = "float32"
     elif args.to == "gguf":
         dtype = "f16" if args.dtype == "auto" else args.dtype
-        write_gguf(out, policy, dtype)
+        found = write_gguf(out, policy, dtype)
     else:
         dtype = args.dtype if args.dtype != "auto" else stored_dtype(policy)
         found = write_merged(out, policy, dtype, args if args.requantize else None)
@@ -119,6 +119,13 @@ def _check(args: flags.FlagValues) -> Path:
             where="--dtype, --to",
             expected=f"{' or '.join(gguf.KINDS)} with --to=gguf, and only there",
             got=f"--to={args.to} --dtype={args.dtype}",
+        )
+    own = args.group != -1 or args.scheme != "symmetric" or args.double_quant
+    if not args.requantize and (own or args.pattern or args.targets != "all-linear"):
+        raise UserError(
+            "settings of a quantization that was not asked for",
+            where="--group, --scheme, --double_quant, --targets, --pattern",
+            fix="--requantize=nf4 (or another format), or leave them out",
         )
     if args.requantize and args.to != "merged":
         raise UserError(
@@ -229,8 +236,8 @@ def write_merged(
     return found
 
 
-def write_gguf(out: Path, policy: Policy, kind: str) -> None:
-    """Writes a folder with one file that llama.cpp loads."""
+def write_gguf(out: Path, policy: Policy, kind: str) -> dict[str, Any]:
+    """Writes a folder with one file that llama.cpp loads; returns what `--json` has."""
     base, tokenizer = policy.base, policy.base.tokenizer
     gguf.require(base.spec)
     vocabulary = gguf.read_vocabulary(base.dir / "tokenizer.json", base.spec.vocab_size)
@@ -257,6 +264,11 @@ def write_gguf(out: Path, policy: Policy, kind: str) -> None:
         )
 
     write_folder(out, fill)
+    found: dict[str, Any] = {}
+    if "quant" in policy.variables:
+        found["base"] = f"dequantized ({kinds(policy.variables['quant'])})"
+    tell_change(found)
+    return found
 
 
 def stored_dtype(policy: Policy) -> str:

@@ -134,7 +134,7 @@ def require_fit(
     if fmt.is_table or not fmt.group or inputs % fmt.group == 0:
         return
     near = [g for g in (32, 64, 128, 256) if inputs % g == 0]
-    fix = f"group={near[0]}" if near else "group=0, a whole channel"
+    fix = f"{prefix}group={near[0] if near else 0}"
     raise UserError(
         "the group does not divide the inputs of a weight",
         where=f"{prefix}group for {where}",
