@@ -80,5 +80,5 @@ def _sums(model: Decoder, before: PyTree, after: PyTree, batch: PyTree) -> Any:
         total(jnp.sum(jnp.exp(p_BTV) * (p_BTV - q_BTV), axis=-1)),
         total(jnp.mean(apart_BTV, axis=-1)),
         total(same_BT.astype(jnp.float32)),
-        jnp.max(apart_BTV * (weights_BT > 0)[..., None]),
+        jnp.max(jnp.where((weights_BT > 0)[..., None], apart_BTV, 0)),
     )
