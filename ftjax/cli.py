@@ -104,6 +104,23 @@ def parse(
     return args
 
 
+def define_format(args: Args, name: str, allowed: list[str], what: str) -> None:
+    """The flags that say how weights are quantized; `name` is that of the format."""
+    text = flags.DEFINE_string
+    flags.DEFINE_enum(name, None, allowed, what, flag_values=args)
+    flags.DEFINE_integer("group", -1, "numbers a scale; 0: a channel", flag_values=args)
+    flags.DEFINE_enum(
+        "scheme",
+        "symmetric",
+        ["symmetric", "affine"],
+        "of int8 and int4: without or with a zero point",
+        flag_values=args,
+    )
+    flags.DEFINE_bool("double_quant", False, "quantize the scales", flag_values=args)
+    text("targets", "all-linear", "which projections: regexes", flag_values=args)
+    text("pattern", "", "regex=format,... before --format", flag_values=args)
+
+
 def define_source(args: Args) -> None:
     """The flags that say which model: `--model` or `--workdir`, and `--adapter`."""
     text = flags.DEFINE_string

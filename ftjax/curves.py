@@ -3,7 +3,7 @@
 import html
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,32 @@ def _range(
         return low - (0.0 if from_zero else half), high + half
     gap = margin * (high - low)
     return (low if from_zero else low - gap), high + gap
+
+
+def write_errors_png(
+    path: Path, kinds: Mapping[str, Sequence[tuple[int, float]]], title: str
+) -> None:
+    """Draws relative errors by layer, one line for each kind of projection."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for kind, points in kinds.items():
+        axes.plot(*zip(*points, strict=True), label=kind, marker="o", ms=3.5, lw=1.4)
+    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("relative error of the weight")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#d7dbe2", linewidth=0.7)
+    axes.legend(frameon=False, ncols=2, fontsize=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(path, format="png")
 
 
 def write_loss_png(path: Path, series: Sequence[Series], title: str) -> None:

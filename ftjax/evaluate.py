@@ -6,19 +6,23 @@ In float32. The loss is per trained token: of plain text every token after the f
 prompts and conversations the answers (--nocompletion_only: everything).
 """
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from ftjax import cli
 from ftjax.console import say
 from ftjax.data.dataset import Dataset, build_dataset
 from ftjax.data.loader import Loader, row_length
+from ftjax.data.report import DataReport
 from ftjax.errors import UserError
 from ftjax.evals.causal import evaluate, make_sum_batch
-from ftjax.loading import Base, open_policy
+from ftjax.loading import Base, Policy, open_policy
 from ftjax.sharding import batch_sharding, make_mesh
 
 CHUNK = 64  # positions per row that the head handles at a time
@@ -54,29 +58,56 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         mesh=mesh,
         weights=args.weights,
     )
-    dataset = _dataset(args, policy.base)
-    say(dataset.report.text())
-    longest = _max_length(args, policy.base)
-    length = row_length(dataset, max_length=longest, packing=False)
-    loader = Loader(dataset, length=length, packing=True, seed=0, shuffle=False)
-    rows = -(-min(args.batch_size, loader.rows_per_epoch) // mesh.size) * mesh.size
-    found = evaluate(
-        make_sum_batch(policy.model, CHUNK),
-        policy.variables,
-        loader.epoch(rows),
-        batch_sharding(mesh),
-    )
+    found, report = measure(args, policy, mesh)
     say(
         f"\n{policy.label}\nloss {found['loss']:.5f}, perplexity"
         f" {found['perplexity']:.3f}, {found['token_accuracy']:.2%} of"
         f" {found['tokens']:,} tokens right"
     )
-    report = dataset.report
     counts = {"rows": report.kept, "truncated": report.truncated}
     return {**found, **counts, "dropped": report.dropped_rows, "model": policy.label}
 
 
-def _dataset(args: flags.FlagValues, base: Base) -> Dataset:
+def measure(
+    args: Any, policy: Policy, mesh: Mesh, *, tell: bool = True
+) -> tuple[dict[str, float], DataReport]:
+    """Loss, perplexity, accuracy and tokens of a policy, and what the data was.
+
+    Args:
+      args: `data`, `split`, `max_length`, `batch_size`, `completion_only`, `overlong`
+        (and `rows`: at most so many, spread evenly),
+        as this command has them.
+      tell: prints the report of the data.
+    """
+    batches, report = read_batches(args, policy.base, mesh)
+    if tell:
+        say(report.text())
+    found = evaluate(
+        make_sum_batch(policy.model, CHUNK),
+        policy.variables,
+        batches,
+        batch_sharding(mesh),
+    )
+    return found, report
+
+
+def read_batches(
+    args: Any, base: Base, mesh: Mesh
+) -> tuple[Iterator[dict[str, np.ndarray]], DataReport]:
+    """The batches of a data set, in file order, and what the data was.
+
+    Args:
+      args: as in `measure`.
+    """
+    dataset = _dataset(args, base)
+    longest = _max_length(args, base)
+    length = row_length(dataset, max_length=longest, packing=False)
+    loader = Loader(dataset, length=length, packing=True, seed=0, shuffle=False)
+    rows = -(-min(args.batch_size, loader.rows_per_epoch) // mesh.size) * mesh.size
+    return loader.epoch(rows), dataset.report
+
+
+def _dataset(args: Any, base: Base) -> Dataset:
     rules = SimpleNamespace(
         max_length=_max_length(args, base),
         overlong=args.overlong,
@@ -84,7 +115,7 @@ def _dataset(args: flags.FlagValues, base: Base) -> Dataset:
         empty_completion="drop",
         on_bad_row="error",
         split=args.split,
-        eval_rows=0,
+        eval_rows=getattr(args, "rows", 0),
     )
     return build_dataset(
         args.data,
@@ -95,7 +126,7 @@ def _dataset(args: flags.FlagValues, base: Base) -> Dataset:
     )
 
 
-def _max_length(args: flags.FlagValues, base: Base) -> int:
+def _max_length(args: Any, base: Base) -> int:
     """How many tokens of a row are looked at."""
     most = base.spec.max_positions
     if args.max_length > most:

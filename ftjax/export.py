@@ -2,6 +2,12 @@
 
     python -m ftjax.export --workdir=RUN --to=peft --out=DIR
     python -m ftjax.export --workdir=RUN --to=merged --out=DIR [--dtype=float32]
+    python -m ftjax.export --workdir=RUN --to=merged --out=DIR --requantize=nf4
+    python -m ftjax.export --workdir=RUN --to=gguf --out=DIR [--dtype=q8_0]
+
+A quantized base is dequantized before the update is added, and the sum is written in 16
+bits: rounding it again to a few may lose what was learned. `--requantize` does so, and
+measures what changes.
 
 Both with tokenizer, chat template and generation config. The folder appears whole or
 not at all, and nothing is ever overwritten.
@@ -10,6 +16,7 @@ not at all, and nothing is ever overwritten.
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,9 +24,11 @@ import jax.numpy as jnp
 from absl import flags
 
 from ftjax import cli
+from ftjax.checkpoints import gguf
 from ftjax.checkpoints.folder import refuse_existing, write_folder
 from ftjax.checkpoints.hf import save_params
 from ftjax.checkpoints.peft import is_zero, save_adapter
+from ftjax.checkpoints.quant_save import save_quantized
 from ftjax.console import count, say
 from ftjax.data.tokenizer import FILES
 from ftjax.errors import UserError
@@ -31,8 +40,10 @@ from ftjax.loading import (
     public_name,
     read_run_config,
 )
-from ftjax.methods.lora import merge
-from ftjax.methods.quant import dequantize
+from ftjax.merged import kinds, measure_change, merged_params, tell_change, tree_reader
+from ftjax.methods.quant import Plan, plan_quant
+from ftjax.models.proj import find_sites
+from ftjax.quant.formats import NAMES
 from ftjax.workdir import require_space
 
 GENERATION = "generation_config.json"
@@ -41,16 +52,27 @@ GENERATION = "generation_config.json"
 def define(args: flags.FlagValues) -> None:
     cli.define_source(args)
     flags.DEFINE_enum(
-        "to", None, ["peft", "merged"], "an adapter or a whole model", flag_values=args
+        "to",
+        None,
+        ["peft", "merged", "gguf"],
+        "an adapter, a whole model, or that as one file for llama.cpp",
+        flag_values=args,
     )
     flags.DEFINE_string("out", "", "the folder to make", flag_values=args)
     flags.DEFINE_enum(
         "dtype",
         "auto",
-        ["auto", "float32", "bfloat16"],
-        "of a merged model's weights; auto: as the base's are stored",
+        ["auto", "float32", "bfloat16", *gguf.KINDS],
+        "of a merged model's weights; auto: as the base's are stored, f16 for gguf",
         flag_values=args,
     )
+    what = "of the merged model's weights, quantized again"
+    cli.define_format(args, "requantize", list(NAMES), what)
+    text, integer = flags.DEFINE_string, flags.DEFINE_integer
+    text("data", "pydoc:text[eval]", "where the change is measured", flag_values=args)
+    text("split", "test", "of a `datasets` name", flag_values=args)
+    integer("rows", 16, "at most so many; 0: all", lower_bound=0, flag_values=args)
+    integer("max_length", 256, "tokens a row", lower_bound=0, flag_values=args)
 
 
 def main(args: flags.FlagValues) -> dict[str, Any]:
@@ -62,13 +84,17 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         dtype=jnp.float32,
         weights=args.weights,
     )
-    _refuse_source(out, policy.base, args.adapter)
+    refuse_source(out, policy.base, args.adapter)
+    found: dict[str, Any] = {}
     if args.to == "peft":
         write_adapter(out, policy)
         dtype = "float32"
+    elif args.to == "gguf":
+        dtype = "f16" if args.dtype == "auto" else args.dtype
+        found = write_gguf(out, policy, dtype)
     else:
         dtype = args.dtype if args.dtype != "auto" else stored_dtype(policy)
-        write_merged(out, policy, dtype)
+        found = write_merged(out, policy, dtype, args if args.requantize else None)
     say(f"wrote {out}: {policy.label}, {dtype}")
     size = sum(file.stat().st_size for file in out.iterdir())
     return {
@@ -78,6 +104,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         "step": policy.step,
         "dtype": dtype,
         "bytes": size,
+        **found,
     }
 
 
@@ -86,6 +113,27 @@ def _check(args: flags.FlagValues) -> Path:
     for name, fix in (("to", "--to=peft or --to=merged"), ("out", "--out=DIR")):
         if not getattr(args, name):
             raise UserError(f"--{name} is not given", where="command line", fix=fix)
+    if args.dtype != "auto" and (args.dtype in gguf.KINDS) != (args.to == "gguf"):
+        raise UserError(
+            "a dtype that does not go with what is exported",
+            where="--dtype, --to",
+            expected=f"{' or '.join(gguf.KINDS)} with --to=gguf, and only there",
+            got=f"--to={args.to} --dtype={args.dtype}",
+        )
+    own = args.group != -1 or args.scheme != "symmetric" or args.double_quant
+    if not args.requantize and (own or args.pattern or args.targets != "all-linear"):
+        raise UserError(
+            "settings of a quantization that was not asked for",
+            where="--group, --scheme, --double_quant, --targets, --pattern",
+            fix="--requantize=nf4 (or another format), or leave them out",
+        )
+    if args.requantize and args.to != "merged":
+        raise UserError(
+            "an adapter is not quantized",
+            where="--requantize",
+            expected="--to=merged",
+            got=f"--to={args.to}",
+        )
     out = Path(args.out).expanduser()
     refuse_existing(out)
     if args.to == "peft" and not args.adapter:
@@ -102,7 +150,7 @@ def _check(args: flags.FlagValues) -> Path:
     return out
 
 
-def _refuse_source(out: Path, base: Base, adapter: str) -> None:
+def refuse_source(out: Path, base: Base, adapter: str) -> None:
     """Nothing is written into the folders that are read from."""
     for source in (base.dir, *([Path(adapter)] if adapter else [])):
         if out.resolve().is_relative_to(source.expanduser().resolve()):
@@ -135,31 +183,92 @@ def write_adapter(out: Path, policy: Policy) -> None:
             "targets": ", ".join(path[-1] for path in plan.sites),
             "trained parameters": count(sum(at.count for at in plan.sites.values())),
         }
-        _write_rest(folder, policy, facts, "peft")
+        write_rest(folder, policy, facts, "peft")
 
     write_folder(out, fill)
 
 
-def write_merged(out: Path, policy: Policy, dtype: str) -> None:
+def write_merged(
+    out: Path, policy: Policy, dtype: str, requantize: Any = None
+) -> dict[str, Any]:
     """Writes a folder that transformers loads: W + scale * a.b, cast last.
 
     Of a quantized base W is what its codes stand for.
+
+    Args:
+      requantize: settings as `ftjax.quantize` has them, and `requantize`, the format.
+
+    Returns:
+      what was measured, for `--json`.
     """
-    base, params = policy.base, policy.variables["params"]
+    base = policy.base
+    plan: Plan = {}
+    if requantize:
+        settings = {"format": requantize.requantize, **requantize.flag_values_dict()}
+        sites = find_sites(policy.model)
+        plan = plan_quant(sites, SimpleNamespace(**settings), prefix="--")
+    found: dict[str, Any] = {}
     if "quant" in policy.variables:
-        params = jax.jit(dequantize)(params, policy.variables["quant"])
-    if "lora" in policy.variables:
-        params = jax.jit(merge)(params, policy.variables["lora"])
+        found["base"] = f"dequantized ({kinds(policy.variables['quant'])})"
+    params = merged_params(policy)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
     parent = next(p for p in out.absolute().parents if p.exists())
     require_space(parent, numbers * jnp.dtype(dtype).itemsize, "the merged model")
 
     def fill(folder: Path) -> None:
-        save_params(folder, params, base.spec, config=base.config, dtype=dtype)
         facts = {"weights": f"{count(numbers)} parameters, {dtype}"}
-        _write_rest(folder, policy, facts, "transformers")
+        if plan:
+            read = tree_reader(params)
+            save_quantized(
+                folder, read, base.spec, plan, config=base.config, dtype=dtype
+            )
+            facts["quantized"] = ", ".join(sorted({str(f) for f in plan.values()}))
+        else:
+            save_params(folder, params, base.spec, config=base.config, dtype=dtype)
+        if "base" in found:
+            facts["base, before the merge"] = found["base"]
+        write_rest(folder, policy, facts, "transformers")
+        if plan:
+            found["change"] = measure_change(folder, policy, params, requantize)
 
     write_folder(out, fill)
+    tell_change(found)
+    return found
+
+
+def write_gguf(out: Path, policy: Policy, kind: str) -> dict[str, Any]:
+    """Writes a folder with one file that llama.cpp loads; returns what `--json` has."""
+    base, tokenizer = policy.base, policy.base.tokenizer
+    gguf.require(base.spec)
+    vocabulary = gguf.read_vocabulary(base.dir / "tokenizer.json", base.spec.vocab_size)
+    template = tokenizer.template
+    first = tokenizer.encode(["a"], add_special=True)[0][:1]
+    facts = {
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "pad": tokenizer.pad,
+        "add_bos": first == [tokenizer.bos_id],
+        "template": template.source if template is not None else None,
+    }
+    read = tree_reader(merged_params(policy))
+
+    def fill(folder: Path) -> None:
+        gguf.write_gguf(
+            folder / "model.gguf",
+            read,
+            base.spec,
+            kind=kind,
+            name=base.dir.name,
+            vocabulary=vocabulary,
+            facts=facts,
+        )
+
+    write_folder(out, fill)
+    found: dict[str, Any] = {}
+    if "quant" in policy.variables:
+        found["base"] = f"dequantized ({kinds(policy.variables['quant'])})"
+    tell_change(found)
+    return found
 
 
 def stored_dtype(policy: Policy) -> str:
@@ -180,7 +289,7 @@ def _hash(base: Base) -> str | None:
     return base_hash(base) if base.weights is not None else None
 
 
-def _write_rest(
+def write_rest(
     folder: Path, policy: Policy, facts: dict[str, str], library: str
 ) -> None:
     """The tokenizer, its template, the generation config and the model card."""

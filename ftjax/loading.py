@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from ftjax.checkpoints.hf import (
@@ -113,8 +112,10 @@ def open_base(
     folder = find_model(path, revision)
     config = read_config(folder)
     spec = spec_from_config(config, str(folder / CONFIG), note=note)
-    found = open_weights(folder, spec, note=note) if weights else None
-    if found is not None:
+    found = None
+    if weights:
+        stored = config.get("quantization_config")
+        found = open_weights(folder, spec, quantization=stored, note=note)
         spec = found.spec
     tokenizer = load_tokenizer(folder, chat_template)
     check_vocab(spec, tokenizer.vocab_size, str(folder))
@@ -134,12 +135,12 @@ def load_base(
     Args:
       dtype: of what stays floating point.
       formats: of the projections that are quantized while they are read; 'quant' is
-        there if any are.
+        there if any are, or if the base is stored quantized.
       note: told what is worth knowing about the weights.
     """
     if base.weights is None:
         raise ValueError(f"{base.name} was opened without weights")
-    model, plan = Decoder(base.spec), formats or {}
+    model, plan = Decoder(base.spec), {**(formats or {}), **base.weights.formats}
     places = {"params": shard_tree(abstract_params(model), params_axes(model), mesh)}
     if plan:
         sites = find_sites(model)
@@ -186,8 +187,7 @@ def base_hash(base: Base) -> str:
     def digest(name: str) -> str:
         assert base.weights is not None
         tensor = base.weights.tensors[name]
-        data = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8)
-        content = hashlib.sha256(data.data).hexdigest()
+        content = hashlib.sha256(tensor.raw().data).hexdigest()
         return f"{name} {tensor.dtype} {tensor.shape} {content}\n"
 
     with ThreadPoolExecutor(4) as pool:

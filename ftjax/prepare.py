@@ -17,7 +17,7 @@ from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
 from ftjax.loading import Base, load_base, open_base, start
 from ftjax.methods.method import Method, Row, plan_method
-from ftjax.methods.quant import Plan, plan_quant
+from ftjax.methods.quant import Plan, plan_quant, stored_plan
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import abstract_params, find_sites, init_params, params_axes
 from ftjax.sharding import make_mesh, shard_tree
@@ -125,6 +125,9 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
     model = Decoder(base.spec, dtype=dtype, remat=config.model.remat, mesh=mesh)
     method = plan_method(model, config.method)
     formats = plan_quant(find_sites(model), config.quant)
+    if base.weights is not None and base.weights.formats:
+        stored = base.weights.formats
+        formats = stored_plan(stored, formats, base.name, method.whole)
     return Shape(model, method, formats, dtype, param_dtype)
 
 

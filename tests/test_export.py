@@ -154,8 +154,10 @@ def test_an_adapter_that_learned_nothing(
     [
         (["--out=OUT"], "--to is not given"),
         (["--to=peft"], "--out is not given"),
-        (["--to=gguf", "--out=OUT"], "peft|merged"),
+        (["--to=onnx", "--out=OUT"], "peft|merged|gguf"),
         (["--to=merged", "--out=OUT", "--dtype=int8"], "--dtype"),
+        (["--to=merged", "--out=OUT", "--dtype=q8_0"], "--to=gguf"),
+        (["--to=merged", "--out=OUT", "--group=32"], "--requantize"),
     ],
 )
 def test_refused(flags: list[str], part: str, tmp_path: Path, call: Any) -> None:

@@ -48,6 +48,8 @@ FLOORS = {
     "ftjax.generate": 5,
     "ftjax.evaluate": 5,
     "ftjax.export": 5,
+    "ftjax.quantize": 5,
+    "ftjax.merged": 5,
     "ftjax.demo": 5,
     "benchmarks": 5,
     "experiments": 5,

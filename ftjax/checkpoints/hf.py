@@ -12,7 +12,7 @@ dtype, put on its devices, and let go.
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from ftjax.checkpoints.files import find_tensors, listed
 from ftjax.checkpoints.hf_save import DTYPES, save_params
 from ftjax.checkpoints.hub import find_model
 from ftjax.checkpoints.jsonfile import inside, read_json
+from ftjax.checkpoints.packed import Packed, weight_of
+from ftjax.checkpoints.quantized import find_packed
+from ftjax.checkpoints.sums import check_sums
 from ftjax.checkpoints.tensors import FLOATS, Tensor
 from ftjax.errors import UserError
 from ftjax.models.config_reader import say
@@ -30,7 +33,7 @@ from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import Weight, model_weights
 from ftjax.models.spec import ModelSpec
 from ftjax.quant.formats import Format
-from ftjax.quant.qtensor import QTensor, abstract, quantize
+from ftjax.quant.qtensor import QTensor, abstract, pack, quantize
 
 __all__ = [
     "Weights",
@@ -69,20 +72,35 @@ class Weights:
       folder: where they are.
       spec: the model; untied where the folder has an output head of its own although
         the configuration says that it is the embedding.
-      tensors: by published name, exactly those that `spec` needs.
-      dtype: in which most of them are stored, as the format names it ('BF16').
+      tensors: by published name, exactly those that `spec` needs, and those beside
+        the weights that are stored quantized.
+      dtype: in which most floats are stored, as the format names it ('BF16').
+      packed: the weights that are stored quantized, by name.
+      formats: theirs, by the path of the projection.
     """
 
     folder: Path
     spec: ModelSpec
     tensors: dict[str, Tensor]
     dtype: str
+    packed: dict[str, Packed] = field(default_factory=dict)
+    formats: dict[LeafPath, Format] = field(default_factory=dict)
 
 
-def open_weights(folder: Path, spec: ModelSpec, *, note: Note = say) -> Weights:
+def open_weights(
+    folder: Path,
+    spec: ModelSpec,
+    *,
+    quantization: dict[str, Any] | None = None,
+    note: Note = say,
+) -> Weights:
     """Checks every file and tensor of a checkpoint against `spec`; reads headers only.
 
     (A tied model that also stores its head is the exception: the two are compared.)
+
+    Args:
+      quantization: the `quantization_config` of config.json, if it has one.
+      note: told what is worth knowing about the files.
 
     Raises:
       UserError: for damaged or missing files, and tensors that are missing, left over,
@@ -91,11 +109,12 @@ def open_weights(folder: Path, spec: ModelSpec, *, note: Note = say) -> Weights:
     tensors = find_tensors(folder, note)
     tensors = {n: t for n, t in tensors.items() if not IGNORABLE.search(n)}
     spec, tensors = _settle_head(folder, spec, tensors, note)
-    wanted = {
-        name: weight for weight in model_weights(spec).values() for name in weight.names
-    }
-    _check_names(folder, wanted, tensors)
-    for name, tensor in tensors.items():
+    weights = model_weights(spec)
+    packed, formats = find_packed(folder, weights, tensors, quantization, note)
+    wanted = {name: weight for weight in weights.values() for name in weight.names}
+    floats = {n: t for n, t in tensors.items() if not _is_part(n, packed)}
+    _check_names(folder, {n: w for n, w in wanted.items() if n not in packed}, floats)
+    for name, tensor in floats.items():
         if tensor.dtype not in FLOATS:
             raise UserError(
                 "a weight is not a plain floating-point tensor",
@@ -113,9 +132,15 @@ def open_weights(folder: Path, spec: ModelSpec, *, note: Note = say) -> Weights:
                 fix="use the config.json that was published with these weights",
             )
     sizes: Counter[str] = Counter()
-    for tensor in tensors.values():
+    for tensor in floats.values():
         sizes[tensor.dtype] += tensor.nbytes
-    return Weights(folder, spec, tensors, sizes.most_common(1)[0][0])
+    stored = sizes.most_common(1)[0][0]
+    return Weights(folder, spec, tensors, stored, packed, formats)
+
+
+def _is_part(name: str, packed: Mapping[str, Packed]) -> bool:
+    """Whether a tensor is, or lies beside, a weight that is stored quantized."""
+    return name in packed or weight_of(name) in packed
 
 
 def _settle_head(
@@ -154,9 +179,10 @@ def _check_names(
     packed = [name for name in extra if _PACKED.search(name)]
     if packed:
         raise UserError(
-            "the checkpoint is quantized, which ftjax does not read",
+            "the checkpoint is quantized in a way that ftjax does not read",
             where=folder,
-            expected="float weights (bfloat16, float16, float32)",
+            expected="float weights, or those of bitsandbytes or ftjax with their"
+            " quantization_config in config.json",
             got=listed(packed, 3),
             fix="use the checkpoint before its quantization",
         )
@@ -222,11 +248,12 @@ def load_params(
       put: (path, host array of that dtype) -> array on its devices; `jax.device_put`
         where it is None. The host array is not used again.
       formats: of the projections, by path, that are quantized while they are read:
-        one tensor is in memory as floats at a time. Their leaves are `QTensor`s.
+        one tensor is in memory as floats at a time. Their leaves are `QTensor`s, as
+        are those of what is stored quantized.
       note: told when weights lose precision, and of matrices that are all zero.
 
     Raises:
-      UserError: at the first tensor with a NaN or an infinity.
+      UserError: a file has changed, or at the first NaN or infinity.
     """
     if dtype not in DTYPES:
         raise UserError(
@@ -235,14 +262,15 @@ def load_params(
             expected=" or ".join(DTYPES),
             got=repr(dtype),
         )
-    target = DTYPES[dtype]
-    _tell_policy(weights, dtype, note)
+    plan = {**(formats or {}), **weights.formats}
+    tell_policy(weights, dtype, plan, note)
+    check_sums(weights.folder, (tensor.file for tensor in weights.tensors.values()))
     tree: dict[str, Any] = {}
     for path, weight in model_weights(weights.spec).items():
-        fmt = (formats or {}).get(path[:-1]) if path[-1] == "w" else None
+        fmt = plan.get(path[:-1]) if path[-1] == "w" else None
         host: Any
         if fmt is None:
-            host = _floats(weights, weight, target, note)
+            host = _floats(weights, weight, DTYPES[dtype], note)
         else:
             host = _codes(weights, weight, fmt, note)
         leaf = jax.device_put(host) if put is None else put(path, host)
@@ -268,15 +296,18 @@ def _floats(
 
 
 def _codes(weights: Weights, weight: Weight, fmt: Format, note: Note) -> QTensor:
-    """A leaf, quantized layer by layer."""
+    """A leaf, layer by layer: quantized now, or read as it is stored."""
     inputs, outputs = weight.shape[: weight.inputs], weight.shape[weight.inputs :]
     stack = (weight.layers,) if weight.layers else ()
     shapes = abstract(inputs, outputs, fmt, stack)
     host = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), shapes)
     for i, name in enumerate(weight.names):
-        stored_OI = np.empty(weight.stored_shape, np.float32)
-        _fill(stored_OI.T, weight, weights.tensors[name], name, note)
-        layer = quantize(stored_OI, inputs, outputs, fmt)
+        if name in weights.packed:
+            layer = pack(weights.packed[name].read(), inputs, outputs, fmt)
+        else:
+            layer = quantize(
+                read_matrix(weights, weight, i, note), inputs, outputs, fmt
+            )
 
         def keep(all_layers: np.ndarray, one: np.ndarray, i: int = i) -> None:
             all_layers[i if weight.layers else ...] = one
@@ -285,10 +316,36 @@ def _codes(weights: Weights, weight: Weight, fmt: Format, note: Note) -> QTensor
     return host
 
 
-def _tell_policy(weights: Weights, dtype: str, note: Note) -> None:
-    """One line for each stored dtype that the wanted one cannot hold exactly."""
+def read_matrix(weights: Weights, weight: Weight, i: int, note: Note) -> np.ndarray:
+    """The matrix [outputs, inputs] of layer `i`, float32, every value looked at."""
+    return read_plain(weights, weight, i, "float32", note)
+
+
+def read_plain(
+    weights: Weights, weight: Weight, i: int, dtype: str, note: Note
+) -> np.ndarray:
+    """A tensor as published, in a dtype of `DTYPES`, every value looked at."""
+    stored = np.empty(weight.stored_shape, DTYPES[dtype])
+    name = weight.names[i]
+    row = stored.T if weight.inputs else stored
+    _fill(row, weight, weights.tensors[name], name, note)
+    return stored
+
+
+def tell_policy(
+    weights: Weights, dtype: str, plan: Mapping[LeafPath, Format], note: Note
+) -> None:
+    """One line for each stored dtype that the wanted one cannot hold exactly.
+
+    Of what stays floating point; codes are made from float32.
+    """
     exact = {"float32": ("F32", "BF16", "F16"), "bfloat16": ("BF16",)}[dtype]
-    stored = Counter(t.dtype for t in weights.tensors.values())
+    stored = Counter(
+        weights.tensors[name].dtype
+        for path, weight in model_weights(weights.spec).items()
+        if path[-1] != "w" or path[:-1] not in plan
+        for name in weight.names
+    )
     for name, count in stored.items():
         if name not in exact:
             note(f"{weights.folder}: {count} {name} tensors are rounded to {dtype}")

@@ -1,8 +1,7 @@
 """A tree of arrays out to the Hugging Face layout: config.json and safetensors."""
 
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +41,46 @@ def save_params(
       dtype: 'float32' or 'bfloat16'.
       max_shard_bytes: begins a new file beyond this; a larger tensor has its own.
     """
-    target = DTYPES[dtype]
-    entries = list(_entries(params, spec))
-    shards = _shards(entries, target.itemsize, max_shard_bytes)
+    write_shards(folder, _entries(params, spec), DTYPES[dtype], max_shard_bytes)
+    write_config(folder, config, spec, dtype)
+
+
+def write_shards(
+    folder: Path,
+    entries: Iterable[Entry],
+    dtype: np.dtype[Any],
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes tensors to one file, or to several and an index."""
+    shards = _shards(list(entries), dtype, max_shard_bytes)
     if len(shards) == 1:
-        write_tensors(folder / SINGLE, shards[0], target)
-    else:
-        weight_map: dict[str, str] = {}
-        total = 0
-        for i, shard in enumerate(shards, 1):
-            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            write_tensors(folder / name, shard, target)
-            weight_map |= {entry.name: name for entry in shard}
-            total += sum(math.prod(e.shape) for e in shard) * target.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / INDEX, index)
-    dropped = ("auto_map", "dtype", "torch_dtype")
+        write_tensors(folder / SINGLE, shards[0], dtype)
+        return
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, shard, dtype)
+        weight_map |= {entry.name: name for entry in shard}
+        total += sum(entry.nbytes(dtype) for entry in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / INDEX, index)
+
+
+def write_config(
+    folder: Path,
+    config: dict[str, Any],
+    spec: ModelSpec,
+    dtype: str,
+    quantization: dict[str, Any] | None = None,
+) -> None:
+    """The `config.json` of weights that are written as `dtype`, or quantized."""
+    dropped = ("auto_map", "dtype", "torch_dtype", "quantization_config")
     kept = {key: value for key, value in config.items() if key not in dropped}
-    tied = {"tie_word_embeddings": spec.tied, "torch_dtype": dtype}
-    _write_json(folder / "config.json", kept | tied)
+    kept |= {"tie_word_embeddings": spec.tied, "torch_dtype": dtype}
+    if quantization:
+        kept["quantization_config"] = quantization
+    _write_json(folder / "config.json", kept)
 
 
 def _entries(params: dict[str, Any], spec: ModelSpec) -> Iterator[Entry]:
@@ -71,12 +91,12 @@ def _entries(params: dict[str, Any], spec: ModelSpec) -> Iterator[Entry]:
             leaf = leaf[key]
         if leaf.shape != weight.leaf_shape:
             raise ValueError(f"{'/'.join(path)}: {leaf.shape} != {weight.leaf_shape}")
-        host = _Host(leaf, weight)
+        host = Host(leaf, weight)
         for i, name in enumerate(weight.names):
             yield Entry(name, weight.stored_shape, host.reader(i))
 
 
-class _Host:
+class Host:
     """A leaf, fetched when its first tensor is wanted and let go after its last."""
 
     def __init__(self, leaf: Any, weight: Weight):
@@ -98,11 +118,11 @@ class _Host:
         return value.reshape(shape)
 
 
-def _shards(entries: list[Entry], itemsize: int, most: int) -> list[list[Entry]]:
+def _shards(entries: list[Entry], dtype: np.dtype[Any], most: int) -> list[list[Entry]]:
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
-        nbytes = math.prod(entry.shape) * itemsize
+        nbytes = entry.nbytes(dtype)
         if shards[-1] and size + nbytes > most:
             shards.append([])
             size = 0

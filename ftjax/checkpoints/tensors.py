@@ -35,7 +35,8 @@ FLOATS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+INTS: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8)}
+_NAMES = {dtype: name for name, dtype in (FLOATS | INTS).items()}
 
 _HEADER_LIMIT = 64 * 2**20
 _AGAIN = "download the file again"
@@ -55,12 +56,14 @@ class Tensor:
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
     def read(self) -> np.ndarray:
-        """The tensor, memory-mapped and read-only; its dtype must be one of FLOATS."""
-        dtype = FLOATS[self.dtype]
-        if not math.prod(self.shape):
-            return np.zeros(self.shape, dtype)
-        raw = np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,))
-        return raw.view(dtype).reshape(self.shape)
+        """The tensor, memory-mapped and read-only; its dtype: of FLOATS or INTS."""
+        return self.raw().view((FLOATS | INTS)[self.dtype]).reshape(self.shape)
+
+    def raw(self) -> np.ndarray:
+        """Its bytes, memory-mapped and read-only."""
+        if not self.nbytes:
+            return np.zeros(0, np.uint8)
+        return np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,))
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -192,11 +195,18 @@ def _check_layout(
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written; `values` is called when its turn has come."""
+    """A tensor to be written; `values` is called when its turn has come.
+
+    `dtype` is the file's where it is None.
+    """
 
     name: str
     shape: tuple[int, ...]
     values: Callable[[], np.ndarray]
+    dtype: np.dtype[Any] | None = None
+
+    def nbytes(self, usual: np.dtype[Any]) -> int:
+        return math.prod(self.shape) * (self.dtype or usual).itemsize
 
 
 def write_tensors(
@@ -208,18 +218,20 @@ def write_tensors(
     """Writes a safetensors file, one tensor in memory at a time, and syncs it.
 
     Never over an existing file: it could be the one that the weights are mapped from.
+    Wider dtypes lie first, so that every tensor is aligned, as other readers want it;
+    the entries are asked for their values in the order in which they come.
 
     Args:
-      dtype: float32, bfloat16, float16 or float64; `values()` is cast to it.
+      dtype: of FLOATS or INTS, of the entries that name none; `values()` is cast.
       metadata: the header's `__metadata__`; transformers wants {'format': 'pt'}.
     """
     entries = list(entries)
     header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
     end = 0
-    for entry in entries:
-        begin, end = end, end + math.prod(entry.shape) * dtype.itemsize
+    for entry in sorted(entries, key=lambda e: -(e.dtype or dtype).itemsize):
+        begin, end = end, end + entry.nbytes(dtype)
         header[entry.name] = {
-            "dtype": _NAMES[dtype],
+            "dtype": _NAMES[entry.dtype or dtype],
             "shape": list(entry.shape),
             "data_offsets": [begin, end],
         }
@@ -228,9 +240,12 @@ def write_tensors(
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            values = np.ascontiguousarray(np.asarray(entry.values()).astype(dtype))
+            own = entry.dtype or dtype
+            values = np.asarray(entry.values()).astype(own)
             if values.shape != entry.shape:
                 raise ValueError(f"{entry.name}: {values.shape} is not {entry.shape}")
-            file.write(values.reshape(-1).view(np.uint8).data)
+            file.seek(8 + len(text) + header[entry.name]["data_offsets"][0])
+            flat = np.ascontiguousarray(values).reshape(-1)
+            file.write(flat.view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())

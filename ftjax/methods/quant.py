@@ -16,7 +16,9 @@ NONE = "none"
 Plan = dict[Path, Format]
 
 
-def plan_quant(sites: Mapping[Path, Site], config: Any) -> Plan:
+def plan_quant(
+    sites: Mapping[Path, Site], config: Any, prefix: str = "config.quant."
+) -> Plan:
     """The format of each site that is quantized.
 
     Args:
@@ -25,6 +27,7 @@ def plan_quant(sites: Mapping[Path, Site], config: Any) -> Plan:
         `targets` ('all-linear': every projection of the layers; or regexes, as LoRA's)
         and `pattern` ('regex=format,...', the first that matches wins over `format`;
         'none' leaves a weight as it is).
+      prefix: of the settings' names in messages.
 
     Raises:
       UserError: an unknown format, a group that does not divide, a pattern without a
@@ -37,38 +40,74 @@ def plan_quant(sites: Mapping[Path, Site], config: Any) -> Plan:
         group=config.group,
         scheme=config.scheme,
         double=config.double_quant,
+        prefix=prefix,
     )
     everything = [name for site in sites.values() for name in site_names(site)]
-    targets = patterns(config.targets, "config.quant.targets")
-    own = pairs(config.pattern, "config.quant.pattern", str)
+    targets = patterns(config.targets, f"{prefix}targets")
+    own = pairs(config.pattern, f"{prefix}pattern", str)
     each_matches(
-        [p for p in targets if p != "all-linear"], everything, "config.quant.targets"
+        [p for p in targets if p != "all-linear"], everything, f"{prefix}targets"
     )
-    each_matches(list(own), everything, "config.quant.pattern")
-    others = {p: _named(name) for p, name in own.items()}
+    each_matches(list(own), everything, f"{prefix}pattern")
+    others = {p: _named(name, prefix) for p, name in own.items()}
     plan: Plan = {}
     for path, site in sites.items():
         chosen = [
             _choose(name, path, targets, others, usual) for name in site_names(site)
         ]
-        if any(fmt != chosen[0] for fmt in chosen):
-            raise UserError(
-                "the layers of a stack would be quantized in different ways",
-                where="config.quant.targets, config.quant.pattern",
-                expected=f"one format for every layer's {path[-1]}",
-                got=", ".join(sorted({str(fmt) for fmt in chosen})),
-                fix="write patterns that do not depend on the layer",
-            )
+        _require_one(chosen, path, prefix)
         if chosen[0] is not None:
-            require_fit(chosen[0], math.prod(site.inputs), ".".join(path))
+            inputs = math.prod(site.inputs)
+            require_fit(chosen[0], inputs, ".".join(path), prefix)
             plan[path] = chosen[0]
     if not plan:
-        raise UserError("nothing would be quantized", where="config.quant")
+        raise UserError("nothing would be quantized", where=f"{prefix}targets")
     return plan
 
 
-def _named(name: str) -> Format | None:
-    return None if name == NONE else make_format(name, where="config.quant.pattern")
+def _require_one(chosen: list[Format | None], path: Path, prefix: str) -> None:
+    if any(fmt != chosen[0] for fmt in chosen):
+        raise UserError(
+            "the layers of a stack would be quantized in different ways",
+            where=f"{prefix}targets, {prefix}pattern",
+            expected=f"one format for every layer's {path[-1]}",
+            got=", ".join(sorted({str(fmt) for fmt in chosen})),
+            fix="write patterns that do not depend on the layer",
+        )
+
+
+def stored_plan(stored: Plan, asked: Plan, name: str, full: bool) -> Plan:
+    """The plan of a base that is stored quantized: `stored`, or an error.
+
+    Args:
+      stored: what its files hold.
+      asked: from `quant.format`; empty, or the same.
+      name: of the model, for messages.
+      full: whether every weight is to be trained.
+    """
+    kinds = ", ".join(sorted({str(fmt) for fmt in stored.values()}))
+    if full:
+        raise UserError(
+            "a quantized base cannot be trained: its codes have no gradient",
+            where="config.method.name",
+            expected=f"method=lora on {name}, or a base that is not quantized",
+            got=f"method=full, weights stored as {kinds}",
+        )
+    wrong = [path for path, fmt in asked.items() if stored.get(path) != fmt]
+    if wrong:
+        fmt = asked[wrong[0]]
+        raise UserError(
+            "the base is quantized already, in another way",
+            where=f"config.quant for {'.'.join(wrong[0])} of {name}",
+            expected=f"quant.format=none: its own format is used ({kinds})",
+            got=str(fmt),
+            fix="leave quant.format at none, or start from the unquantized model",
+        )
+    return stored
+
+
+def _named(name: str, prefix: str) -> Format | None:
+    return None if name == NONE else make_format(name, prefix=f"{prefix}pattern: ")
 
 
 def _choose(

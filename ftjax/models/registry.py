@@ -67,6 +67,12 @@ CHANGES_THE_MATHS: dict[str, tuple[Any, ...]] = {
     "vision_config": (),
 }
 
+# What a `quantization_config` may name: `checkpoints/quantized.py` reads it.
+QUANT_METHODS = {
+    "bitsandbytes": "nf4, fp4, int8",
+    "ftjax": "nf4, fp4, int8, int4",
+}
+
 HARMLESS = {
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path",
     "add_cross_attention", "architectures", "attn_implementation", "auto_map",
@@ -119,6 +125,16 @@ def spec_from_config(
     if config.get("auto_map"):
         note(f"{where}: auto_map: the model's own code is never run; ftjax's is used")
     return spec
+
+
+def quant_method(config: Any) -> str | None:
+    """The method that a `quantization_config` names; None if it names none."""
+    if not isinstance(config, dict):
+        return None
+    method = config.get("quant_method")
+    if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        return "bitsandbytes"  # as its first releases wrote it
+    return method if isinstance(method, str) else None
 
 
 def token_ids(config: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
@@ -179,10 +195,13 @@ def _refuse_unless_off(reader: ConfigReader, key: str, value: Any) -> None:
     if key == "sliding_window" and reader.config.get("use_sliding_window") is False:
         return
     if key in ("quantization_config", "compression_config"):
-        method = value.get("quant_method") if isinstance(value, dict) else None
+        method = quant_method(value)
+        if key == "quantization_config" and method in QUANT_METHODS:
+            return
         reader.refuse(
             key,
-            "float weights (bfloat16, float16, float32)",
+            "float weights (bfloat16, float16, float32), or quant_method "
+            + " or ".join(f"{name} ({what})" for name, what in QUANT_METHODS.items()),
             f"use the checkpoint before its quantization ({method or 'unknown'}),"
             " or dequantize it first",
         )

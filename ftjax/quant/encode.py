@@ -53,13 +53,14 @@ def encode(weight: np.ndarray, fmt: Format) -> Encoded:
     >>> [round(float(v), 4) for v in values[0]]
     [0.1162, 0.5722, -0.8941, 1.3859]
     """
-    with jax.default_device(_host()):
+    with jax.default_device(host_device()):
         if fmt.is_table:
             return _encode_table(jnp.asarray(weight).astype(jnp.float32), fmt)
         return _encode_integers(jnp.asarray(weight), fmt)
 
 
-def _host() -> jax.Device:
+def host_device() -> jax.Device:
+    """The processor of the host, whatever the accelerator."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves the processor out

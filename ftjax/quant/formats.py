@@ -81,11 +81,12 @@ def make_format(
     group: int = -1,
     scheme: str = "symmetric",
     double: bool = False,
-    where: str = "config.quant",
+    prefix: str = "config.quant.",
 ) -> Format:
     """A format from what a user says; group -1 is the usual one.
 
-    The usual group is 64, and a whole channel for int8.
+    The usual group is 64, and a whole channel for int8. Errors name the settings as
+    `prefix` and their own names.
 
     Raises:
       UserError: for a name that is not known, or settings that do not go together.
@@ -93,7 +94,7 @@ def make_format(
     if name not in NAMES:
         raise UserError(
             "this quantization format is not known",
-            where=f"{where}.format",
+            where=f"{prefix}format",
             expected=" or ".join(NAMES),
             got=repr(name),
         )
@@ -101,15 +102,15 @@ def make_format(
         group = 0 if name == "int8" else 64
     table = name in TABLES
     if table and group not in BLOCKS:
-        raise _bad(f"{where}.group", f"one of {', '.join(map(str, BLOCKS))}", group)
+        raise _bad(f"{prefix}group", f"one of {', '.join(map(str, BLOCKS))}", group)
     if group < 0:
-        raise _bad(f"{where}.group", "0 (a whole channel) or more", group)
+        raise _bad(f"{prefix}group", "0 (a whole channel) or more", group)
     if table and scheme != "symmetric":
-        raise _bad(f"{where}.scheme", f"symmetric: {name} has no zero point", scheme)
+        raise _bad(f"{prefix}scheme", f"symmetric: {name} has no zero point", scheme)
     if scheme not in ("symmetric", "affine"):
-        raise _bad(f"{where}.scheme", "symmetric or affine", scheme)
+        raise _bad(f"{prefix}scheme", "symmetric or affine", scheme)
     if double and not table:
-        raise _bad(f"{where}.double_quant", f"False: {name} has no blocks", double)
+        raise _bad(f"{prefix}double_quant", f"False: {name} has no blocks", double)
     return Format(name, group, scheme == "affine", double)
 
 
@@ -122,7 +123,9 @@ def _bad(where: str, expected: str, got: object) -> UserError:
     )
 
 
-def require_fit(fmt: Format, inputs: int, where: str) -> None:
+def require_fit(
+    fmt: Format, inputs: int, where: str, prefix: str = "config.quant."
+) -> None:
     """A group must divide the inputs of the weight; blocks always fit.
 
     Raises:
@@ -131,11 +134,11 @@ def require_fit(fmt: Format, inputs: int, where: str) -> None:
     if fmt.is_table or not fmt.group or inputs % fmt.group == 0:
         return
     near = [g for g in (32, 64, 128, 256) if inputs % g == 0]
-    fix = f"quant.group={near[0]}" if near else "quant.group=0, a whole channel"
+    fix = f"{prefix}group={near[0] if near else 0}"
     raise UserError(
         "the group does not divide the inputs of a weight",
-        where=f"config.quant.group for {where}",
+        where=f"{prefix}group for {where}",
         expected=f"a divisor of {inputs}",
         got=str(fmt.group),
-        fix=fix + ", or leave this weight out: config.quant.pattern",
+        fix=fix + ", or leave this weight out: " + prefix + "pattern",
     )
