@@ -114,6 +114,15 @@ def method_config(name: str) -> ConfigDict:
         method.alpha_pattern = ""
         method.use_rslora = False  # scale alpha / sqrt(rank)
         method.init = "kaiming"  # kaiming, gaussian
+    if name == "freeze":
+        method.layers = 1  # the last ones; 0: none
+        method.pattern = ""  # regexes of other weights: lm_head,.*norm
+    if name == "bottleneck":
+        method.kind = "houlsby"  # houlsby, pfeiffer
+        method.size = 16  # of the hidden layers
+        method.activation = "gelu"  # gelu, relu, silu
+    if method.name not in ("full", "freeze"):
+        method.also_train = ""  # regexes of weights of the base: embed_tokens,.*norm
     return method
 
 

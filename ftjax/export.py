@@ -136,18 +136,34 @@ def _check(args: flags.FlagValues) -> Path:
         )
     out = Path(args.out).expanduser()
     refuse_existing(out)
-    if args.to == "peft" and not args.adapter:
-        method = read_run_config(args.workdir)["method"]["name"] if args.workdir else ""
-        if method != "lora":
-            raise UserError(
-                "there is no adapter to export",
-                where="--to=peft",
-                got=f"{args.workdir} is a full fine-tune"
-                if method
-                else "a model alone",
-                fix="--to=merged writes the whole model",
-            )
+    if not args.adapter:
+        _check_method(args)
     return out
+
+
+def _check_method(args: flags.FlagValues) -> None:
+    """Whether what was trained goes into the folder that is asked for."""
+    method = read_run_config(args.workdir)["method"] if args.workdir else {}
+    name, beside = method.get("name", ""), method.get("also_train", "")
+    if args.to != "peft" and name in ("bottleneck",):
+        raise UserError(
+            "what this run has trained is no weight of the model",
+            where=f"--to={args.to}",
+            got=f"method={name}: new layers between those of the base",
+            fix="use the run itself: generate and evaluate take --workdir",
+        )
+    if args.to == "peft" and (name != "lora" or beside):
+        trained = {"": "a model alone", "full": f"{args.workdir} is a full fine-tune"}
+        got = trained.get(name, f"{args.workdir} was trained with method={name}")
+        if beside and name == "lora":
+            got = f"an update, and weights trained beside it: also_train={beside}"
+        whole = name != "bottleneck"
+        raise UserError(
+            "there is no adapter to export",
+            where="--to=peft",
+            got=got,
+            fix="--to=merged writes the whole model" if whole else None,
+        )
 
 
 def refuse_source(out: Path, base: Base, adapter: str) -> None:

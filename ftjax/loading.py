@@ -29,7 +29,8 @@ from ftjax.checkpoints.state import Checkpoints
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan, lora_axes
-from ftjax.methods.method import Method, plan_method
+from ftjax.methods.method import plan_method
+from ftjax.methods.parts import Method
 from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
 from ftjax.models.config_reader import say
 from ftjax.models.decoder import Decoder

@@ -53,7 +53,11 @@ def _frozen(shape: Shape, mesh: Mesh) -> int:
         without(abstract_params(model), formats),
         without(params_axes(model), formats),
     )
-    total = _bytes(*floats, mesh, shape.param_dtype.itemsize)
+    item = shape.param_dtype.itemsize
+    total = _bytes(*floats, mesh, item)
+    part = shape.method.parts.get("params")
+    if part is not None:  # these are trained, and counted there
+        total -= _bytes(part.shapes, part.axes, mesh, item)
     if formats:
         sites = find_sites(shape.model)
         quant = abstract_quant(sites, formats), quant_axes(sites, formats)

@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 from ftjax.config import check_devices, check_positions, total_steps, validate
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
+from ftjax.errors import UserError
 from ftjax.loading import Base, load_base, open_base, start
-from ftjax.methods.method import Method, Row, plan_method
+from ftjax.methods.method import plan_method
+from ftjax.methods.parts import Method, Row
 from ftjax.methods.quant import Plan, plan_quant, stored_plan
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import abstract_params, find_sites, init_params, params_axes
@@ -128,7 +130,28 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
     if base.weights is not None and base.weights.formats:
         stored = base.weights.formats
         formats = stored_plan(stored, formats, base.name, method.whole)
+    refuse_quantized(method, formats)
     return Shape(model, method, formats, dtype, param_dtype)
+
+
+def refuse_quantized(method: Method, formats: Plan) -> None:
+    """Weights of the base that are trained must not be quantized.
+
+    Raises:
+      UserError: naming the first that is.
+    """
+    part = method.parts.get("params")
+    for path in formats if part is not None else ():
+        tree: Any = part.shapes if part is not None else {}
+        for name in (*path, "w"):
+            tree = tree.get(name) if isinstance(tree, dict) else None
+        if tree is not None:
+            raise UserError(
+                "a weight that would be trained is quantized: codes have no gradient",
+                where="config.method",
+                got=f"{'.'.join(path)} is {formats[path]}",
+                fix=f"leave it as it is: --config.quant.pattern={path[-1]}=none",
+            )
 
 
 def compute_dtype(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The low-rank update of a weight; and how trained and frozen trees come together."""
+"""Leaves beside plain arrays, and how trained and frozen trees come together."""
 
 from typing import Any
 
@@ -57,6 +57,32 @@ class Delta:
         scale = self.scale.reshape(*stack, 1, 1)
         inputs, outputs = self.a.shape[len(stack) : -1], self.b.shape[len(stack) + 1 :]
         return (scale * (a @ b)).reshape(*stack, *inputs, *outputs)
+
+
+ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+
+
+@flax.struct.dataclass
+class Hidden:
+    """A small hidden layer with a residual around it: y + up(activation(down(y))).
+
+    Shapes are those of one layer; a stack of layers adds a leading axis to each leaf.
+    """
+
+    down: Array  # [D, size]
+    down_bias: Array  # [size]
+    up: Array  # [size, D]
+    up_bias: Array  # [D]
+    activation: str = flax.struct.field(pytree_node=False, default="gelu")
+
+    def __call__(self, y_BTD: Array) -> Array:
+        down, down_bias, up, up_bias = (
+            leaf.astype(y_BTD.dtype)
+            for leaf in (self.down, self.down_bias, self.up, self.up_bias)
+        )
+        h = jnp.einsum("BTD,DF->BTF", y_BTD, down) + down_bias[None, None]
+        h = ACTIVATIONS[self.activation](h)
+        return y_BTD + jnp.einsum("BTF,FD->BTD", h, up) + up_bias[None, None]
 
 
 def low_rank(eqn: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ftjax.errors import UserError
 from ftjax.methods.patterns import each_matches, first, matches, pairs, patterns
+from ftjax.methods.streams import stream
 from ftjax.models.proj import HEAD, Path, Site, put, site_names
 from ftjax.weights import Delta
 
@@ -132,9 +133,7 @@ def init_lora(plan: LoraPlan, seed: int, init: str = "kaiming") -> Any:
         a = np.zeros((len(plan_at.ranks), *site.inputs, rank), np.float32)
         for layer, name in enumerate(site_names(site)):
             r = plan_at.ranks[layer]
-            # A stream per name: platform and process independent.
-            words = [seed, *np.frombuffer(name.encode(), np.uint8).tolist()]
-            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+            rng = stream(seed, name)
             if r and init == "gaussian":
                 draw = rng.normal(0, 1 / r, (*site.inputs, r))
             else:

@@ -35,8 +35,9 @@ def split_layers(variables: Any, dtype: Any, *, release: bool = False) -> Weight
     params = _walk(variables["params"], deltas, change)
     stack = {"params": params.pop("layers")}
     rest = {"params": params}
-    for name in {"quant", "lora"} & variables.keys() if not merged else ():
-        tree = variables[name]
+    for name, tree in variables.items():
+        if name == "params" or (name == "lora" and merged):
+            continue
         stack[name] = jax.tree.map(lambda x: list(_cut(x)), tree.get("layers", {}))
         rest[name] = {key: value for key, value in tree.items() if key != "layers"}
     count = len(jax.tree.leaves(stack["params"], is_leaf=_is_list)[0])

@@ -18,8 +18,9 @@ from ftjax.models.proj import Proj
 from ftjax.models.spec import ModelSpec
 from ftjax.quant.qtensor import QTensor
 from ftjax.sharding import constrain_batch
-from ftjax.weights import Array
+from ftjax.weights import Array, Hidden
 
+ADAPTERS = ("attn_adapter", "mlp_adapter")
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -107,6 +108,15 @@ class Mlp(nn.Module):
         return down(layers.swiglu(gate, up))
 
 
+class Adapter(nn.Module):
+    """The hidden layer that the `adapters` collection has here, if it has one."""
+
+    @nn.compact
+    def __call__(self, y_BTD: Array) -> Array:
+        hidden: Hidden | None = self.get_variable("adapters", "w")
+        return y_BTD if hidden is None else hidden(y_BTD)
+
+
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -118,10 +128,11 @@ class Block(nn.Module):
         eps = self.spec.norm_eps
         normed = RMSNorm(eps, name="input_layernorm")(x_BTD)
         y, cache = SelfAttention(self.spec, name="self_attn")(normed, layer, shared)
+        y = Adapter(name=ADAPTERS[0])(y)
         x = constrain_batch(x_BTD + y, self.mesh)
         normed = RMSNorm(eps, name="post_attention_layernorm")(x)
-        x = x + Mlp(self.spec, name="mlp")(normed)
-        return constrain_batch(x, self.mesh), cache
+        y = Adapter(name=ADAPTERS[1])(Mlp(self.spec, name="mlp")(normed))
+        return constrain_batch(x + y, self.mesh), cache
 
 
 class Decoder(nn.Module):
@@ -148,7 +159,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0, "quant": 0, "lora": 0},
+            variable_axes={"params": 0, "quant": 0, "lora": 0, "adapters": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=s.n_layers,
@@ -208,13 +219,13 @@ def hidden_and_head(
     """What a loss on packed rows starts from: hidden states [B, T, D] and head [D, V].
 
     Args:
-      variables: {'params': ..., 'quant': ..., 'lora': ...}, the policy; the base
-        without 'lora', and 'quant' where some weights are quantized.
+      variables: the policy: 'params', 'quant' where some of them are quantized, and
+        'lora' or 'adapters'; the base without these.
       batch: `tokens`, `positions` and `segments`, int32 [B, T].
       key: draws the dropout; None in evaluation.
     """
     rngs = None if key is None else {"dropout": key}
     rows = (batch["tokens"], batch["positions"], batch["segments"])
     hidden = model.apply(variables, *rows, rngs=rngs)
-    base = {name: tree for name, tree in variables.items() if name != "lora"}
+    base = {name: variables[name] for name in ("params", "quant") if name in variables}
     return hidden, model.apply(base, method="head")
