@@ -59,10 +59,12 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         model=args.model,
         workdir=args.workdir,
         adapter=args.adapter,
+        adapter_weights=args.adapter_weights,
+        adapter_rank=args.adapter_rank,
         dtype=jnp.float32,
         weights=args.weights,
     )
-    _refuse_source(out, policy.base, args.adapter)
+    _refuse_source(out, policy)
     if args.to == "peft":
         write_adapter(out, policy)
         dtype = "float32"
@@ -102,9 +104,10 @@ def _check(args: flags.FlagValues) -> Path:
     return out
 
 
-def _refuse_source(out: Path, base: Base, adapter: str) -> None:
+def _refuse_source(out: Path, policy: Policy) -> None:
     """Nothing is written into the folders that are read from."""
-    for source in (base.dir, *([Path(adapter)] if adapter else [])):
+    adapters = [Path(name) for name, found in policy.adapters.items() if found]
+    for source in (policy.base.dir, *adapters):
         if out.resolve().is_relative_to(source.expanduser().resolve()):
             raise UserError(
                 "the export would go into a folder that it is made from",
@@ -117,14 +120,14 @@ def _refuse_source(out: Path, base: Base, adapter: str) -> None:
 def write_adapter(out: Path, policy: Policy) -> None:
     """Writes a folder that PEFT loads. Raises UserError if nothing was learned."""
     plan, base = policy.plan, policy.base
-    if plan is None:
-        raise ValueError("the policy has no adapter")
-    lora = policy.variables["lora"]
-    if is_zero(lora):
+    lora = policy.variables.get("lora")
+    if plan is None or is_zero(lora):
         raise UserError(
-            "the adapter changes nothing: its B is zero everywhere",
+            "the adapter changes nothing: its B is zero everywhere"
+            if plan
+            else "there is no adapter to export",
             where=policy.label,
-            fix="train it first",
+            fix="train it first" if plan else "--to=merged writes the whole model",
         )
 
     def fill(folder: Path) -> None:
