@@ -77,8 +77,10 @@ def main(args: flags.FlagValues) -> dict[str, Any] | None:
     talks = args.prompt is None and sys.stdin.isatty()
     prompts = [] if talks else _prompts(args)
     names = names_of(args.adapter)
-    uses = parse_use(args.use, names, len(prompts)) if args.use else []
-    if uses:
+    uses: list[int] = []
+    if args.use:
+        summed = bool(args.adapter_weights or args.adapter_rank)
+        uses = parse_use(args.use, names, len(prompts), summed=summed)
         policy = each_row_its_own(policy, names)
     generator = Generator(
         policy.base.spec,

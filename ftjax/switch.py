@@ -133,12 +133,26 @@ class Switch:
         return short[0] if name not in known and len(short) == 1 else name
 
 
-def parse_use(text: str, names: Sequence[str], prompts: int) -> list[int]:
+def parse_use(
+    text: str, names: Sequence[str], prompts: int, *, summed: bool = False
+) -> list[int]:
     """Which adapter each prompt uses: `--use=0,1,0`.
+
+    Args:
+      text: the numbers.
+      names: of the adapters.
+      prompts: how many there are.
+      summed: whether a sum of the adapters was asked for too.
 
     Raises:
       UserError: not one for each prompt, or not one of the adapters.
     """
+    if summed:
+        raise UserError(
+            "each prompt would use one adapter, and the sum of all",
+            where="--use, --adapter_weights, --adapter_rank",
+            fix="leave out --use, or the other two",
+        )
     parts = [part.strip() for part in text.split(",")]
     listed = ", ".join(f"{i} ({name})" for i, name in enumerate(names))
     for part in parts:
