@@ -126,7 +126,15 @@ def define_source(args: Args) -> None:
     text = flags.DEFINE_string
     text("model", "", "a checkpoint folder, a Hub name, or 'base'", flag_values=args)
     text("workdir", "", "the folder of a run", flag_values=args)
-    text("adapter", "", "the folder of a PEFT adapter to put on it", flag_values=args)
+    text("adapter", "", "folders of PEFT adapters to put on it", flag_values=args)
+    text("adapter_weights", "", "of their sum; empty: 1 each", flag_values=args)
+    flags.DEFINE_integer(
+        "adapter_rank",
+        0,
+        "brings their sum back to this rank; 0: it stays exact",
+        lower_bound=0,
+        flag_values=args,
+    )
     flags.DEFINE_enum(
         "weights",
         "auto",

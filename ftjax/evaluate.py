@@ -54,6 +54,8 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         model=args.model,
         workdir=args.workdir,
         adapter=args.adapter,
+        adapter_weights=args.adapter_weights,
+        adapter_rank=args.adapter_rank,
         dtype=jnp.float32,
         mesh=mesh,
         weights=args.weights,

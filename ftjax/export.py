@@ -15,6 +15,7 @@ not at all, and nothing is ever overwritten.
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,10 +82,12 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         model=args.model,
         workdir=args.workdir,
         adapter=args.adapter,
+        adapter_weights=args.adapter_weights,
+        adapter_rank=args.adapter_rank,
         dtype=jnp.float32,
         weights=args.weights,
     )
-    refuse_source(out, policy.base, args.adapter)
+    refuse_source(out, policy.base, policy.adapters)
     found: dict[str, Any] = {}
     if args.to == "peft":
         write_adapter(out, policy)
@@ -166,9 +169,10 @@ def _check_method(args: flags.FlagValues) -> None:
         )
 
 
-def refuse_source(out: Path, base: Base, adapter: str) -> None:
+def refuse_source(out: Path, base: Base, adapters: Mapping[str, Any]) -> None:
     """Nothing is written into the folders that are read from."""
-    for source in (base.dir, *([Path(adapter)] if adapter else [])):
+    folders = [Path(name) for name, found in adapters.items() if found]
+    for source in (base.dir, *folders):
         if out.resolve().is_relative_to(source.expanduser().resolve()):
             raise UserError(
                 "the export would go into a folder that it is made from",
@@ -181,14 +185,14 @@ def refuse_source(out: Path, base: Base, adapter: str) -> None:
 def write_adapter(out: Path, policy: Policy) -> None:
     """Writes a folder that PEFT loads. Raises UserError if nothing was learned."""
     plan, base = policy.plan, policy.base
-    if plan is None:
-        raise ValueError("the policy has no adapter")
-    lora = policy.variables["lora"]
-    if is_zero(lora):
+    lora = policy.variables.get("lora")
+    if plan is None or is_zero(lora):
         raise UserError(
-            "the adapter changes nothing: its B is zero everywhere",
+            "the adapter changes nothing: its B is zero everywhere"
+            if plan
+            else "there is no adapter to export",
             where=policy.label,
-            fix="train it first",
+            fix="train it first" if plan else "--to=merged writes the whole model",
         )
 
     def fill(folder: Path) -> None:

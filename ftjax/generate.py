@@ -2,24 +2,28 @@
 
     python -m ftjax.generate --workdir=runs/mine                          # a chat
     python -m ftjax.generate --model=DIR --prompt="Once upon a time" --json
+    python -m ftjax.generate --model=DIR --adapter=A,B --prompt=x --prompt=y --use=1,0
 
 With --template=auto a prompt goes through the chat template where a run was trained on
-conversations, and is continued as it stands otherwise.
+conversations, and is continued as it stands otherwise. Several adapters are added up;
+with --use each prompt has its own, in one batch, and in a chat `/adapter` changes it.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
 
 from ftjax import cli
+from ftjax.adapters import names_of
 from ftjax.console import printable, say
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.errors import UserError
 from ftjax.loading import Policy, open_policy
 from ftjax.rollout import Completion, Generator, Sampling
+from ftjax.switch import Switch, each_row_its_own, parse_use
 
 ROWS = 32  # prompts that are continued together
 UNFINISHED = "\ufffd"  # what a decoder gives for half of a character
@@ -29,6 +33,12 @@ def define(args: flags.FlagValues) -> None:
     cli.define_source(args)
     integer, real = flags.DEFINE_integer, flags.DEFINE_float
     flags.DEFINE_multi_string("prompt", None, "may be repeated", flag_values=args)
+    flags.DEFINE_string(
+        "use",
+        "",
+        "which of the adapters each prompt uses, all in one batch: 0,1,0",
+        flag_values=args,
+    )
     integer("max_new_tokens", 128, "at most", lower_bound=1, flag_values=args)
     real("temperature", 0.0, "0: the likeliest token", flag_values=args)
     integer("top_k", 0, "only the k likeliest tokens; 0: all", flag_values=args)
@@ -57,23 +67,69 @@ def main(args: flags.FlagValues) -> dict[str, Any] | None:
         model=args.model,
         workdir=args.workdir,
         adapter=args.adapter,
+        adapter_weights=args.adapter_weights,
+        adapter_rank=args.adapter_rank,
         dtype=jnp.dtype(args.dtype),
         weights=args.weights,
         note=_note,
     )
     chat = is_chat(args.template, policy)
+    talks = args.prompt is None and sys.stdin.isatty()
+    prompts = [] if talks else _prompts(args)
+    names = names_of(args.adapter)
+    uses: list[int] = []
+    if args.use:
+        summed = bool(args.adapter_weights or args.adapter_rank)
+        uses = parse_use(args.use, names, len(prompts), summed=summed)
+        policy = each_row_its_own(policy, names)
     generator = Generator(
         policy.base.spec,
         policy.variables,
         dtype=jnp.dtype(args.dtype),
         eos_ids=policy.base.eos_ids,
         release=True,
+        apart=talks,
     )
     _note(f"{policy.label}, {'chat template' if chat else 'raw text'}")
     tokenizer = policy.base.tokenizer
-    if args.prompt is None and sys.stdin.isatty():
-        talk(generator, tokenizer, args.max_new_tokens, sampling, chat=chat)
+    if talks:
+        command = Switch(policy, generator, args.adapter)
+        most = args.max_new_tokens
+        talk(generator, tokenizer, most, sampling, chat=chat, command=command)
         return None
+    ids = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
+    made = _continue(generator, ids, sampling, args, uses)
+    results = [
+        _result(tokenizer, *row, chat=chat)
+        for row in zip(prompts, ids, made, strict=True)
+    ]
+    for i, result in enumerate(results):
+        say(printable(result["text"] if chat else result["prompt"] + result["text"]))
+        result |= {"adapter": names[uses[i]]} if uses else {}
+    return results[0] if len(results) == 1 else {**results[0], "results": results}
+
+
+def _continue(
+    generator: Generator,
+    ids: list[list[int]],
+    sampling: Sampling,
+    args: flags.FlagValues,
+    uses: list[int],
+) -> list[Completion]:
+    made: list[Completion] = []
+    for i in range(0, len(ids), ROWS):
+        rows = slice(i, i + ROWS)
+        made += generator.generate(
+            ids[rows],
+            args.max_new_tokens,
+            sampling,
+            ignore_eos=args.ignore_eos,
+            use=uses[rows],
+        )
+    return made
+
+
+def _prompts(args: flags.FlagValues) -> list[str]:
     prompts = args.prompt
     if prompts is None:
         prompts = [line.rstrip("\n") for line in sys.stdin]
@@ -82,18 +138,7 @@ def main(args: flags.FlagValues) -> dict[str, Any] | None:
             "there is no prompt",
             fix="--prompt='...', or one prompt per line on standard input",
         )
-    results = []
-    for i in range(0, len(prompts), ROWS):
-        part = prompts[i : i + ROWS]
-        ids = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in part]
-        made = generator.generate(
-            ids, args.max_new_tokens, sampling, ignore_eos=args.ignore_eos
-        )
-        rows = zip(part, ids, made, strict=True)
-        results += [_result(tokenizer, *row, chat=chat) for row in rows]
-    for result in results:
-        say(printable(result["text"] if chat else result["prompt"] + result["text"]))
-    return results[0] if len(results) == 1 else {**results[0], "results": results}
+    return prompts
 
 
 def is_chat(template: str, policy: Policy) -> bool:
@@ -134,15 +179,20 @@ def talk(
     sampling: Sampling,
     *,
     chat: bool,
+    command: Callable[[str], bool] = lambda line: False,
 ) -> None:
-    """A conversation on the terminal; without a template, one continuation per line."""
+    """A conversation on the terminal; without a template, one continuation per line.
+
+    Args:
+      command: told each line; says whether it has dealt with it.
+    """
     say("/reset forgets what was said, /quit ends" if chat else "/quit ends")
     messages: list[dict[str, Any]] = []
     while (line := _ask()) is not None:
         if line == "/reset":
             messages = []
             continue
-        if not line.strip():
+        if not line.strip() or command(line):
             continue
         said = [*messages, {"role": "user", "content": line}]
         try:

@@ -7,7 +7,8 @@ configuration is executed.
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ftjax.adapters import Known, read_adapters
 from ftjax.checkpoints.hf import (
     Weights,
     check_vocab,
@@ -24,11 +26,11 @@ from ftjax.checkpoints.hf import (
     open_weights,
     read_config,
 )
-from ftjax.checkpoints.peft import load_adapter
+from ftjax.checkpoints.peft import Adapter
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError
-from ftjax.methods.lora import LoraPlan, lora_axes
+from ftjax.methods.lora import LoraPlan
 from ftjax.methods.method import plan_method
 from ftjax.methods.parts import Method
 from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
@@ -78,6 +80,7 @@ class Policy:
       label: what this is, for people: model, run, step.
       step: of the run's checkpoint, or None.
       chat: whether the run was trained on conversations.
+      adapters: those that were read for the base, by name.
     """
 
     base: Base
@@ -88,6 +91,7 @@ class Policy:
     max_positions: int
     step: int | None = None
     chat: bool = False
+    adapters: Known = field(default_factory=dict)
 
 
 def open_base(
@@ -209,6 +213,8 @@ def open_policy(
     model: str = "",
     workdir: str = "",
     adapter: str = "",
+    adapter_weights: str = "",
+    adapter_rank: int = 0,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     weights: str = "auto",
@@ -219,8 +225,8 @@ def open_policy(
     Args:
       model: a checkpoint folder, a preset, a name on the Hub or 'base'.
       workdir: a run instead; its own `config.json` says which base.
-      adapter: a PEFT adapter on the model, or on the base of a LoRA run instead of
-        what that run has learned.
+      adapter: as `adapter_weights` and `adapter_rank`, see `read_adapters`; on the base
+        of a LoRA run instead of what that run has learned.
       dtype: of the weights and the computation.
       mesh: of all devices if None.
       weights: of a run: 'best', 'last', or 'auto' (the best if one was kept).
@@ -237,11 +243,12 @@ def open_policy(
             got="both" if model else "neither",
         )
     mesh = make_mesh() if mesh is None else mesh
-    if workdir and not adapter:
+    adapters = (adapter, adapter_weights, adapter_rank)
+    if workdir and not any(adapters):
         return _open_run(workdir, weights, dtype, mesh, note)
     if not workdir:
         base = open_base(model, note=note)
-        return _open_model(base, adapter, dtype, mesh, note)
+        return _open_model(base, adapters, dtype, mesh, note)
     config = read_run_config(workdir)
     if config["method"]["name"] == "full":
         raise UserError(
@@ -250,7 +257,7 @@ def open_policy(
             got=f"{workdir} is a full fine-tune",
             fix="export the run with --to=merged and pass that folder as --model",
         )
-    return _open_model(_base_of_run(config, note), adapter, dtype, mesh, note)
+    return _open_model(_base_of_run(config, note), adapters, dtype, mesh, note)
 
 
 def read_run_config(workdir: str) -> dict[str, Any]:
@@ -351,27 +358,30 @@ def _choose_step(saved: Checkpoints, weights: str) -> tuple[int, str]:
     )
 
 
-def _open_model(base: Base, adapter: str, dtype: Any, mesh: Mesh, note: Note) -> Policy:
-    """A base alone, or with an adapter from a folder."""
+def _open_model(
+    base: Base, adapters: tuple[str, str, int], dtype: Any, mesh: Mesh, note: Note
+) -> Policy:
+    """A base alone, or with adapters from folders."""
     decoder = Decoder(base.spec, dtype=dtype)
-    positions = base.spec.max_positions
-    if not adapter:
-        variables = load_base(base, dtype, mesh, note=note)
-        return Policy(base, decoder, variables, None, f"model {base.name}", positions)
-    loaded = load_adapter(Path(adapter).expanduser(), find_sites(decoder))
-    if not loaded.base_hash:
-        made_for = loaded.base_name or "unknown"
+    check = partial(check_adapter, base, note)
+    chosen = read_adapters(*adapters, sites=find_sites(decoder), check=check)
+    variables = load_base(base, dtype, mesh, note=note) | chosen.variables(mesh)
+    label = f"{chosen.label} on {base.name}" if chosen.label else f"model {base.name}"
+    most = base.spec.max_positions
+    return Policy(
+        base, decoder, variables, chosen.plan, label, most, adapters=chosen.known
+    )
+
+
+def check_adapter(base: Base, note: Note, adapter: Adapter, where: str) -> None:
+    """Refuses an adapter of another base; notes one that does not say."""
+    if not adapter.base_hash:
+        made_for = adapter.base_name or "unknown"
         note(
-            f"{adapter}: does not say which weights it was trained on (base model:"
+            f"{where}: does not say which weights it was trained on (base model:"
             f" {made_for}); it is put on {base.name} unverified"
         )
-    _check_hash(loaded.base_hash, base, adapter)
-    lora = jax.device_put(
-        loaded.lora, shard_tree(loaded.lora, lora_axes(loaded.plan), mesh)
-    )
-    label = f"adapter {adapter} on {base.name}"
-    variables = {**load_base(base, dtype, mesh, note=note), "lora": lora}
-    return Policy(base, decoder, variables, loaded.plan, label, positions)
+    _check_hash(adapter.base_hash, base, where)
 
 
 def _check_hash(expected: str | None, base: Base, where: str) -> None:

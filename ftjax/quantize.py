@@ -74,7 +74,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     base = open_base(args.model, args.revision)
     weights = base.weights
     assert weights is not None
-    refuse_source(out, base, "")
+    refuse_source(out, base, {})
     if weights.formats:
         raise UserError(
             "the model is quantized already",

@@ -22,9 +22,10 @@ from ftjax.models.cached import (
     cached_logits,
     init_cache,
     split_layers,
+    with_lora,
 )
 from ftjax.models.spec import ModelSpec
-from ftjax.weights import Array
+from ftjax.weights import Array, choose
 
 PROMPT_STEP = 32  # prompts are padded to a multiple of this
 NEW_STEP = 64  # room for new tokens is a multiple of this
@@ -112,6 +113,7 @@ class Generator:
       dtype: of the computation.
       eos_ids: the tokens that end a text; any of them.
       release: `variables` are not used again: each array is given up once it is taken.
+      apart: updates are not added to the weights, so that `adapt` may change them.
     """
 
     def __init__(
@@ -122,9 +124,14 @@ class Generator:
         dtype: Any = jnp.float32,
         eos_ids: Sequence[int] = (),
         release: bool = False,
+        apart: bool = False,
     ):
         self.spec, self.dtype, self.eos_ids = spec, dtype, tuple(eos_ids)
-        self._weights = split_layers(variables, dtype, release=release)
+        self._weights = split_layers(variables, dtype, release=release, apart=apart)
+
+    def adapt(self, lora: Any) -> None:
+        """Puts another update beside the weights, or none: needs `apart`."""
+        self._weights = with_lora(self._weights, lora)
 
     def generate(
         self,
@@ -133,13 +140,18 @@ class Generator:
         sampling: Sampling | None = None,
         *,
         ignore_eos: bool = False,
+        use: Sequence[int] = (),
     ) -> list[Completion]:
         """Continues every prompt until an eos token, `max_new_tokens` or the context.
+
+        Args:
+          use: each prompt's choice, where updates are stacked (`weights.Stack`).
 
         Raises:
           UserError: an empty prompt, or one that leaves no room in the context.
         """
-        run = self._start(prompts, max_new_tokens, sampling or Sampling(), ignore_eos)
+        sampling = sampling or Sampling()
+        run = self._start(prompts, max_new_tokens, sampling, ignore_eos, use)
         state = _decode(*run.fixed, run.rules, run.state, max_new_tokens)
         rows = np.asarray(state.out_BM)
         return [self._completion(row, ignore_eos) for row in rows]
@@ -170,6 +182,7 @@ class Generator:
         new: int,
         sampling: Sampling,
         ignore_eos: bool,
+        use: Sequence[int] = (),
     ) -> "_Run":
         room = [self._room(prompt) for prompt in prompts]
         limit = [min(new, most) for most in room]
@@ -196,7 +209,7 @@ class Generator:
             sampling.top_p < 1,
         )
         most = -(-max(limit) // NEW_STEP) * NEW_STEP
-        fixed = (static, self._weights)
+        fixed = (static, choose(self._weights, use) if use else self._weights)
         state = _prefill(*fixed, rules, tokens, most, jnp.dtype(self.dtype).name)
         return _Run(fixed, rules, state)
 

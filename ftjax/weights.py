@@ -1,12 +1,14 @@
 """Leaves beside plain arrays, and how trained and frozen trees come together."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ftjax.gradients import Weight, project_updated
+from ftjax.gradients import Weight, project, project_updated
 
 Array = jax.Array
 
@@ -96,6 +98,67 @@ def low_rank(eqn: str) -> tuple[str, str]:
     w_out = "".join(c for c in w if c not in x)
     low = "".join(c for c in x if c not in w) + "r"
     return f"{x},{w_in}r->{low}", f"{low},r{w_out}->{y}"
+
+
+@flax.struct.dataclass
+class Stack:
+    """Several updates of one weight side by side; each row of a batch chooses its own.
+
+    The ranks of all of them are concatenated, and a choice is a row of factors, one per
+    rank: 1 for the columns of its update and 0 for the others (a sum has several). All
+    rows share two products, as in one update of the summed rank. Shapes are those of
+    one layer, as in `Delta`.
+    """
+
+    a: Array  # [*inputs, R]
+    b: Array  # [R, *outputs]
+    factors: Array  # [K, R], what each choice multiplies each rank by
+    index: Array | None = None  # int32 [B], each row's choice
+
+    @property
+    def dropout(self) -> float:
+        return 0.0
+
+    def __call__(self, eqn: str, x: Array, key: Array | None = None) -> Array:
+        """Row i: `einsum(eqn, x, (a * factors[index[i]]).b)`, in x's dtype.
+
+        Args:
+          eqn: the projection's equation; rows are the first axis of x.
+          x: [B, ..., *inputs].
+          key: of no use, there is no dropout.
+        """
+        if self.index is None:
+            raise ValueError("rows have not chosen: see `choose`")
+        down, up = low_rank(eqn)
+        h = jnp.einsum(down, x, self.a.astype(x.dtype))
+        factors_BR = jnp.take(self.factors, self.index, axis=0).astype(x.dtype)
+        between = range(1, h.ndim - 1)
+        factors = jnp.expand_dims(factors_BR, tuple(between))
+        # Not a product alone: what another's update overflows to must not reach a row.
+        h = jnp.where(factors == 0, jnp.zeros((), x.dtype), h * factors)
+        return jnp.einsum(up, h, self.b.astype(x.dtype))
+
+    def folded(self, eqn: str, x: Array, w: Weight) -> Array:
+        """As `Delta.folded`; there is no one weight to fold into, so two products."""
+        return project(eqn, x, w) + self(eqn, x)
+
+
+def choose(tree: Any, index: Sequence[int] | Array) -> Any:
+    """The variables, with row i of a batch using choice `index[i]` of every stack."""
+    index_B = jnp.asarray(index, jnp.int32)
+
+    def chosen(leaf: Any) -> Any:
+        if not isinstance(leaf, Stack):
+            return leaf
+        layers = leaf.factors.shape[:-2]
+        spread = jnp.broadcast_to(index_B, (*layers, *index_B.shape))
+        return dataclasses.replace(leaf, index=spread)
+
+    return jax.tree.map(chosen, tree, is_leaf=is_stack)
+
+
+def is_stack(leaf: Any) -> bool:
+    return isinstance(leaf, Stack)
 
 
 def join(frozen: Any, trained: Any) -> Any:

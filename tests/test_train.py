@@ -140,7 +140,7 @@ def test_a_quantized_run_is_used_like_any_other(
         [row["loss"] for row in history(at) if row["split"] == "train"][:2]
         for at in (run, cut)
     ]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     merged = tmp_path / "merged"
     wide = ("--to=merged", "--dtype=float32", f"--out={merged}")
     run_cli("export", f"--workdir={run}", *wide).ok()

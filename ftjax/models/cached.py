@@ -15,21 +15,27 @@ import jax.numpy as jnp
 from ftjax.models import layers
 from ftjax.models.decoder import Block, Decoder
 from ftjax.models.spec import ModelSpec
-from ftjax.weights import Array, Delta
+from ftjax.weights import Array, Delta, is_stack
 
 Weights = dict[str, Any]  # 'layers': a list of variables; 'rest': those of the others
 Cache = list[dict[str, Array]]  # per layer 'k' and 'v': [B, K, S, H]
 
 
-def split_layers(variables: Any, dtype: Any, *, release: bool = False) -> Weights:
+def split_layers(
+    variables: Any, dtype: Any, *, release: bool = False, apart: bool = False
+) -> Weights:
     """The same variables, one dict of collections per layer.
 
     Float weights are cast to the dtype of the computation, and get their updates added,
     in float32, before; beside a quantized base, codes stay packed and updates apart.
+    So they do with `apart`, and where each row has its own.
+
     One array is taken at a time; with `release` it is given up then, so that the
     weights are never in memory twice.
     """
-    merged = "lora" in variables and "quant" not in variables
+    updates = jax.tree.leaves(variables.get("lora"), is_leaf=is_stack)
+    apart = apart or "quant" in variables or any(map(is_stack, updates))
+    merged = "lora" in variables and not apart
     deltas = variables["lora"] if merged else {}
     change = partial(_take, jnp.dtype(dtype).name, release)
     params = _walk(variables["params"], deltas, change)
@@ -38,14 +44,34 @@ def split_layers(variables: Any, dtype: Any, *, release: bool = False) -> Weight
     for name, tree in variables.items():
         if name == "params" or (name == "lora" and merged):
             continue
-        stack[name] = jax.tree.map(lambda x: list(_cut(x)), tree.get("layers", {}))
-        rest[name] = {key: value for key, value in tree.items() if key != "layers"}
+        stack[name], rest[name] = _split(tree)
     count = len(jax.tree.leaves(stack["params"], is_leaf=_is_list)[0])
-    layers = [
-        jax.tree.map(lambda cut, i=i: cut[i], stack, is_leaf=_is_list)
-        for i in range(count)
-    ]
+    layers = [_layer(stack, i) for i in range(count)]
     return {"layers": layers, "rest": rest}
+
+
+def with_lora(weights: Weights, lora: Any) -> Weights:
+    """The same weights with another update beside them; None: with none.
+
+    Of weights that were split `apart`: what was added to them stays added.
+    """
+    layers = [{k: v for k, v in w.items() if k != "lora"} for w in weights["layers"]]
+    rest = {k: v for k, v in weights["rest"].items() if k != "lora"}
+    if lora is not None:
+        stack, rest["lora"] = _split(lora)
+        for i, layer in enumerate(layers):
+            layer["lora"] = _layer(stack, i)
+    return {"layers": layers, "rest": rest}
+
+
+def _split(tree: Any) -> tuple[Any, Any]:
+    """A collection's layers, a list of arrays for each stack of them; and the rest."""
+    stack = jax.tree.map(lambda x: list(_cut(x)), tree.get("layers", {}))
+    return stack, {key: value for key, value in tree.items() if key != "layers"}
+
+
+def _layer(stack: Any, i: int) -> Any:
+    return jax.tree.map(lambda cut: cut[i], stack, is_leaf=_is_list)
 
 
 def _walk(tree: Any, deltas: Any, change: Any, stacked: bool = False) -> Any:

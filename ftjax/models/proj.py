@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.gradients import Weight, keep, project
-from ftjax.weights import Array, Delta
+from ftjax.weights import Array, Delta, Stack
 
 Path = tuple[str, ...]
 
@@ -26,7 +26,7 @@ class Proj(nn.Module):
     """`einsum(eqn, x, w)`, plus the low-rank update if there is one, plus a bias.
 
     Reads `quant/.../w` where that collection has a `QTensor`, else `params/.../w`, and
-    adds `lora/.../w` where that collection has a `Delta`.
+    adds `lora/.../w` where that collection has a `Delta`, or a `Stack` of them.
 
     Attributes:
       eqn: such as 'BTD,DNH->BTNH'; w names its inputs first, then its outputs.
@@ -55,7 +55,7 @@ class Proj(nn.Module):
             self.b = self.param("b", zeros, self.shape[inputs:])
 
     def __call__(self, x: Array) -> Array:
-        delta: Delta | None = self.get_variable("lora", "w")
+        delta: Delta | Stack | None = self.get_variable("lora", "w")
         drops = delta is not None and delta.dropout > 0 and self.has_rng("dropout")
         tokens = x.size // math.prod(self.shape[: site_inputs(self.eqn)])
         many = x.dtype == jnp.float32 and tokens >= FOLD

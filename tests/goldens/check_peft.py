@@ -82,6 +82,12 @@ OURS: dict[str, dict[str, Any]] = {
     "some_layers": {"targets": r"layers\.[02]\.self_attn\.q_proj,o_proj"},
 }
 
+# Sums of these that ftjax writes; peft makes them with combination_type='cat'.
+SUMS: dict[str, dict[str, float]] = {
+    "plain_and_some_layers": {"plain": 0.7, "some_layers": 0.3},
+    "plain_and_rslora": {"plain": 1.5, "rslora": -0.5},
+}
+
 
 def base_tensors() -> dict[str, list[int]]:
     """The published names and shapes of `BASE`."""
@@ -153,6 +159,7 @@ def ours(folder: Path) -> None:
     from ftjax.checkpoints.hf import load_params, open_weights, save_params
     from ftjax.checkpoints.peft import save_adapter
     from ftjax.methods.lora import merge
+    from ftjax.methods.several import Update, combine
     from ftjax.models.registry import spec_from_config
 
     base = write_base(folder / "base")
@@ -160,8 +167,13 @@ def ours(folder: Path) -> None:
     params = load_params(open_weights(base, spec), dtype="float32")
     tokens = jnp.asarray([IDS], jnp.int32)
     rows = (tokens, jnp.arange(len(IDS))[None], jnp.ones_like(tokens))
-    for name, settings in OURS.items():
-        model, plan, lora = random_adapter(spec, settings)
+    made = {name: random_adapter(spec, OURS[name]) for name in OURS}
+    for name, mix in SUMS.items():
+        parts = [Update(made[part][2], made[part][1]) for part in mix]
+        summed = combine(parts, list(mix.values()))
+        assert summed is not None
+        made[name] = (made["plain"][0], summed.plan, summed.lora)
+    for name, (model, plan, lora) in made.items():
         logits = model.apply({"params": params, "lora": lora}, *rows, method="logits")
         target = folder / name
         save_adapter(target / "peft", lora, plan, str(base), "0" * 64)
@@ -214,7 +226,7 @@ def theirs(folder: Path) -> None:
     import transformers
 
     worst = 0.0
-    for name in OURS:
+    for name in (*OURS, *SUMS):
         wanted = np.load(folder / name / "logits.npy")
         plain = _logits(_transformers(folder / "base"))
         model = peft.PeftModel.from_pretrained(
@@ -232,8 +244,27 @@ def theirs(folder: Path) -> None:
         )
         worst = max(worst, adapter, merged)
         assert moved > 0.1
+        if name in SUMS:
+            summed = np.abs(_logits(_concatenated(folder, SUMS[name])) - wanted).max()
+            print(f"{name}: max |logit difference| from peft's own sum {summed:.1e}")
+            worst = max(worst, summed)
     assert worst < TOLERANCE, worst
     print(f"worst {worst:.1e}; peft {peft.__version__}, {transformers.__version__}")
+
+
+def _concatenated(folder: Path, mix: dict[str, float]) -> Any:
+    """The base with peft's own sum of adapters that ftjax wrote."""
+    import peft
+
+    names = list(mix)
+    model = peft.PeftModel.from_pretrained(
+        _transformers(folder / "base"), folder / names[0] / "peft", names[0]
+    )
+    for name in names[1:]:
+        model.load_adapter(folder / name / "peft", name)
+    model.add_weighted_adapter(names, list(mix.values()), "sum", "cat")
+    model.set_adapter("sum")
+    return model
 
 
 def _transformers(folder: Path) -> Any:

@@ -1,0 +1,173 @@
+"""Other adapters on a policy that is open: the base stays where it is."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from ftjax.adapters import NONE, names_of, read_adapters, updates
+from ftjax.checkpoints.peft import Adapter
+from ftjax.console import say
+from ftjax.errors import UserError
+from ftjax.loading import Note, Policy, check_adapter
+from ftjax.methods.several import stack
+from ftjax.models.proj import find_sites
+from ftjax.rollout import Generator
+from ftjax.sharding import make_mesh, shard_tree
+
+RUN = "run"  # in a chat: what the run itself has learned
+
+
+def with_adapter(
+    policy: Policy,
+    adapter: str,
+    weights: str = "",
+    rank: int = 0,
+    *,
+    mesh: Mesh | None = None,
+    note: Note = say,
+) -> Policy:
+    """The policy with another adapter, or the sum of some, instead of its own.
+
+    Args:
+      policy: a base, with or without an adapter; its arrays are shared.
+      adapter: a folder, several, or 'none'; one that the policy has read is not read
+        again.
+      weights: as in --adapter_weights.
+      rank: as in --adapter_rank.
+      mesh: that the policy is on; of all devices if None.
+      note: told what is worth knowing.
+
+    Raises:
+      UserError: as `open_policy`.
+    """
+    chosen = read_adapters(
+        adapter,
+        weights,
+        rank,
+        sites=find_sites(policy.model),
+        check=partial(check_adapter, policy.base, note),
+        known=policy.adapters,
+    )
+    base = {name: tree for name, tree in policy.variables.items() if name != "lora"}
+    return replace(
+        policy,
+        variables={**base, **chosen.variables(make_mesh() if mesh is None else mesh)},
+        plan=chosen.plan,
+        label=f"{chosen.label} on {policy.base.name}",
+        step=None,
+        adapters=chosen.known,
+    )
+
+
+def each_row_its_own(
+    policy: Policy, names: Sequence[str], *, mesh: Mesh | None = None
+) -> Policy:
+    """The policy with all of these adapters at once: see `weights.choose`.
+
+    Args:
+      policy: that has read them.
+      names: choice k is `names[k]`; 'none' is the base.
+      mesh: that the policy is on; of all devices if None.
+    """
+    lora, axes = stack(updates({NONE: None, **policy.adapters}, names))
+    places = shard_tree(lora, axes, make_mesh() if mesh is None else mesh)
+    variables = {**policy.variables, "lora": jax.device_put(lora, places)}
+    label = f"adapters {', '.join(names)} on {policy.base.name}"
+    return replace(policy, variables=variables, plan=None, label=label)
+
+
+class Switch:
+    """The chat's commands: `/adapters` lists, `/adapter NAME` takes another.
+
+    NAME is one of the list, by its path or its last part, or a new folder; several are
+    separated by commas.
+
+    Args:
+      policy: what the generator was made from.
+      generator: with its update `apart`.
+      current: the adapter that it has, as --adapter says; empty: what the policy has.
+    """
+
+    def __init__(self, policy: Policy, generator: Generator, current: str = ""):
+        known = {NONE: None, **policy.adapters}
+        if policy.plan is not None and not current:
+            own = Adapter(policy.variables["lora"], policy.plan, policy.base.name, None)
+            current, known[RUN] = RUN, own
+        self._policy = replace(policy, adapters=known)
+        self._generator, self._current = generator, current or NONE
+
+    def __call__(self, line: str) -> bool:
+        """Does what a line says, where it is a command; says whether it was one."""
+        command, _, rest = line.strip().partition(" ")
+        if command == "/adapters" or line.strip() == "/adapter":
+            self._list()
+        elif command == "/adapter":
+            try:
+                self._take(rest.strip())
+            except UserError as error:
+                say(error.screen())
+        else:
+            return False
+        return True
+
+    def _list(self) -> None:
+        used = names_of(self._current)
+        for name in self._policy.adapters:
+            say(f"{'*' if name in used else ' '} {name}")
+
+    def _take(self, text: str) -> None:
+        asked = ",".join(map(self._named, names_of(text)))
+        self._policy = with_adapter(self._policy, asked)
+        self._generator.adapt(self._policy.variables.get("lora"))
+        self._current = asked
+        say(self._policy.label)
+
+    def _named(self, name: str) -> str:
+        """The one on the list that this means, else the name itself."""
+        known = self._policy.adapters
+        short = [full for full in known if Path(full).name == name]
+        return short[0] if name not in known and len(short) == 1 else name
+
+
+def parse_use(
+    text: str, names: Sequence[str], prompts: int, *, summed: bool = False
+) -> list[int]:
+    """Which adapter each prompt uses: `--use=0,1,0`.
+
+    Args:
+      text: the numbers.
+      names: of the adapters.
+      prompts: how many there are.
+      summed: whether a sum of the adapters was asked for too.
+
+    Raises:
+      UserError: not one for each prompt, or not one of the adapters.
+    """
+    if summed:
+        raise UserError(
+            "each prompt would use one adapter, and the sum of all",
+            where="--use, --adapter_weights, --adapter_rank",
+            fix="leave out --use, or the other two",
+        )
+    parts = [part.strip() for part in text.split(",")]
+    listed = ", ".join(f"{i} ({name})" for i, name in enumerate(names))
+    for part in parts:
+        if not part.isdecimal() or int(part) >= len(names):
+            raise UserError(
+                "a prompt would use an adapter that is not there",
+                where="--use",
+                expected=listed or "--adapter=DIR,DIR beside it",
+                got=part or repr(text),
+            )
+    if len(parts) != prompts:
+        raise UserError(
+            "there are not as many uses as prompts",
+            where="--use",
+            expected=f"{prompts}, one for each prompt, of {listed}",
+            got=f"{len(parts)}: {text}",
+        )
+    return [int(part) for part in parts]
