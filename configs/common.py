@@ -47,10 +47,12 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.quant = quant_config(arg.method)
 
     c.data = ConfigDict()
-    c.data.train = ""  # a .jsonl, .jsonl.gz, .json, .parquet file, pydoc:..., or a name
-    c.data.eval = ""  # the same; empty: no evaluation
+    c.data.train = ""  # a .jsonl(.gz), .json, .parquet or .txt file, pydoc:..., a name
+    c.data.eval = (
+        "auto"  # the same; empty: none; auto: pydoc's for pydoc, else none
+    )
     c.data.split = "train"  # of a `datasets` name
-    c.data.max_length = 1024  # tokens per row
+    c.data.max_length = 0  # tokens per row; 0: 1024, or the model's positions if fewer
     c.data.overlong = "truncate"  # truncate (keeps the start), drop, error
     c.data.packing = True  # several examples per row, kept apart by segments
     c.data.completion_only = True  # False: train on the prompt too

@@ -16,7 +16,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.task = "generic"
     c.model.from_scratch = True
     c.data.train = "pydoc:text[train]"
-    c.data.eval = "pydoc:text[eval]"
     c.data.max_length = 512
     c.optim.lr = 2.5e-3
     c.optim.warmup = 100

@@ -276,9 +276,27 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", kind
 
 
+# What other trainers call it.
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "max_seq_length": "max_length",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "warmup_steps": "warmup",
+    "max_grad_norm": "clip_norm",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "r": "rank",
+    "target_modules": "targets",
+}
+
+
 def _unknown_key(key: str, keys: dict[str, Any], config: Any) -> UserError:
     section, _, name = key.rpartition(".")
-    near = [k for k in keys if k.rpartition(".")[2] == name]
+    meant = OTHER_NAMES.get(name, name)
+    near = [k for k in keys if k.rpartition(".")[2] == meant]
     near += [k for k in difflib.get_close_matches(key, keys, 3, 0.6) if k not in near]
     siblings = [k for k in keys if k.rpartition(".")[0] == section]
     got, fix = None, f"did you mean {' or '.join(near[:3])}?" if near else None

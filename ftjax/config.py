@@ -36,7 +36,10 @@ RULES: dict[str, Range] = {
     "model.dtype": one_of("auto", "float32", "bfloat16"),
     "model.param_dtype": one_of("auto", "float32", "bfloat16"),
     "model.remat": one_of("none", "dots", "full"),
-    "method.name": one_of("lora", "full", "freeze", "bottleneck"),
+    "method.name": Range(
+        "lora, qlora, full, freeze or bottleneck",
+        lambda x: x in ("lora", "full", "freeze", "bottleneck"),
+    ),
     "method.rank": AT_LEAST_1,
     "method.alpha": POSITIVE,
     "method.dropout": SHARE,
@@ -51,7 +54,7 @@ RULES: dict[str, Range] = {
     "quant.scheme": one_of("symmetric", "affine"),
     "quant.targets": NOT_EMPTY,
     "data.train": NOT_EMPTY,
-    "data.max_length": Range("2 or more", lambda x: x >= 2),
+    "data.max_length": Range("2 or more, or 0 (as usual)", lambda x: x == 0 or x >= 2),
     "data.overlong": one_of("truncate", "drop", "error"),
     "data.empty_completion": one_of("drop", "error"),
     "data.on_bad_row": one_of("error", "skip"),
@@ -175,6 +178,27 @@ def check_devices(config: Any, devices: int) -> None:
             got=f"{config.train.batch_size} / {config.train.accumulate} = {rows} rows",
             fix=f"--config.train.batch_size={near * config.train.accumulate}",
         )
+
+
+USUAL_LENGTH = 1024
+
+
+def data_settings(config: Any, max_positions: int) -> Any:
+    """`config.data` with what it leaves open filled in: `eval` and `max_length`.
+
+    `eval=auto` is the held-out part of what ships with ftjax where that is trained on,
+    and nothing where the user's own data is.
+
+    Raises:
+      UserError: rows would be longer than the model's positions.
+    """
+    check_positions(config, max_positions)
+    data = config.data.copy_and_resolve_references()
+    if data.eval == "auto":
+        own = data.train.startswith("pydoc:")
+        data.eval = data.train.replace("[train]", "[eval]") if own else ""
+    data.max_length = data.max_length or min(USUAL_LENGTH, max_positions)
+    return data
 
 
 def check_positions(config: Any, max_positions: int) -> None:

@@ -37,13 +37,22 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     from ftjax import describe, train  # after the flags: they start JAX
 
     workdir = fresh_folder(Path(args.runs))
-    values = " ".join(f"--config.{key}={value}" for key, value in VALUES.items())
-    command = f"python -m ftjax.train --config={CONFIG} {values} --workdir={workdir}"
-    say(f"The same as:\n\n    {command}\n")
+    words = [f"--config={CONFIG}"]
+    words += [f"--config.{key}={value}" for key, value in VALUES.items()]
+    command = textwrap.wrap(
+        " ".join(["python -m ftjax.train", *words, f"--workdir={workdir}"]),
+        width=78,
+        initial_indent="    ",
+        subsequent_indent="        ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    say("The same as:\n\n" + " \\\n".join(command) + "\n")
     config = sft.get_config()
     config.update_from_flattened_dict(VALUES)
     result = train.run(config, str(workdir))
     say("\n" + side_by_side(read_rows(workdir / SAMPLES)))
+    say("So small a model learns the form of an answer, and few facts.\n")
     say(describe.ending(result).replace("python -m", f"{python()} -m"))
     return result
 

@@ -21,11 +21,20 @@ def plan(config: Any, ready: Prepared) -> str:
     rows = data.loader.rows_per_epoch
     cut = f" in {c.accumulate} micro-batches" if c.accumulate > 1 else ""
     parts.append(
-        f"{base.name}: {config.method.name}, {shape.dtype} computation; "
+        f"{base.name}: {config.method.name}{stored(config, shape)}, "
+        f"{shape.dtype} computation; "
         f"{steps:,} steps of {c.batch_size} rows x {data.length} tokens{cut}, "
         f"{steps * c.batch_size / rows:.3g} epochs of {rows:,} rows"
     )
     return "\n\n".join(parts)
+
+
+def stored(config: Any, shape: Shape) -> str:
+    """What is special about the base's weights: quantized, or random."""
+    if config.model.from_scratch:
+        return " of random weights (model.from_scratch)"
+    formats = sorted({str(fmt) for fmt in shape.formats.values()})
+    return f" over {' and '.join(formats)}" if formats else ""
 
 
 def trainable(shape: Shape) -> str:
@@ -43,16 +52,16 @@ def evaluation(step: int, found: dict[str, float]) -> str:
     return (
         f"eval at step {step}: loss {found['loss']:.4f}, "
         f"perplexity {found['perplexity']:.2f}, "
-        f"{found['token_accuracy']:.1%} of {found['tokens']:,} tokens"
+        f"{found['token_accuracy']:.1%} of {found['tokens']:,} tokens right"
     )
 
 
-def result(workdir: Path, steps: int) -> dict[str, Any]:
+def result(workdir: Path, steps: int, chat: bool) -> dict[str, Any]:
     """What `--json` prints of a run, read from its own metrics."""
     rows = read_rows(workdir / METRICS)
     evals = [row for row in rows if row["split"] == "eval"]
     train = [row for row in rows if row["split"] == "train"]
-    found: dict[str, Any] = {"workdir": str(workdir), "steps": steps}
+    found: dict[str, Any] = {"workdir": str(workdir), "steps": steps, "chat": chat}
     if train:
         found |= {"loss": train[-1]["loss"], "tokens": train[-1]["tokens"]}
         found["seconds"] = train[-1]["time"]
@@ -77,5 +86,6 @@ def ending(found: dict[str, Any]) -> str:
         before, after = found["eval_before"]["loss"], found["eval"]["loss"]
         lines.append(f"eval loss {before:.4f} -> {after:.4f}")
     lines.append(console.table(list(map(list, found["files"].items()))))
-    lines.append(f"chat with it: python -m ftjax.generate --workdir={found['workdir']}")
+    use = "chat with it" if found["chat"] else "continue text with it"
+    lines.append(f"{use}: python -m ftjax.generate --workdir={found['workdir']}")
     return "\n".join(lines)

@@ -143,8 +143,12 @@ def _prompts(args: flags.FlagValues) -> list[str]:
 
 def is_chat(template: str, policy: Policy) -> bool:
     """Whether prompts go through the chat template."""
-    if template == "chat":
-        policy.base.tokenizer.require_template("--template=chat")
+    if template == "chat" and policy.base.tokenizer.template is None:
+        raise UserError(
+            "this model's tokenizer has no chat template",
+            where="--template=chat",
+            fix="--template=raw continues the prompt as it stands",
+        )
     has = policy.base.tokenizer.template is not None
     return has and (template == "chat" or (template == "auto" and policy.chat))
 

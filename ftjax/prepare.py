@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ftjax.config import check_devices, check_positions, total_steps, validate
+from ftjax.config import check_devices, data_settings, total_steps, validate
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
 from ftjax.errors import UserError
@@ -76,8 +76,7 @@ def prepare_data(config: Any, base: Base) -> Data:
     Raises:
       UserError: with file and line, for whatever cannot be trained on.
     """
-    check_positions(config, base.spec.max_positions)
-    c = config.data
+    c = data_settings(config, base.spec.max_positions)
 
     def build(source: str, split: str) -> Dataset:
         return build_dataset(

@@ -93,13 +93,16 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         first = resume_point(checkpoints, identity)
         trained, frozen = load_variables(config, base, shape, mesh)
         folder.save_config(settings)  # no bad input can be found from here on
+        if stop.requested and not first:
+            raise Stopped("stopped before the first step: there is nothing to save")
         tx = make_optimizer(config.optim, steps)
         state = on_mesh(init_state(trained, tx, config.seed), mesh)
         meta = {**identity, "chat": data.train.report.conversations > 0} | NEW
         if first:
             meta = checkpoints.meta(first)
             state = checkpoints.restore(first, state)
-            say(f"continuing after step {first}")
+            done = first >= steps
+            say(f"{'done already:' if done else 'continuing after'} step {first}")
         step_fn = compile_step(make_loss(shape.model, config.loss.chunk), tx, state)
         rate = make_schedule(config.optim, steps)
 
@@ -156,7 +159,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                     )
                 clock.restart()
         finish(folder, base, shape, state, checkpoints)
-        return describe.result(folder.path, steps)
+        return describe.result(folder.path, steps, meta["chat"])
 
 
 class Look:

@@ -225,7 +225,8 @@ def _account(examples: list[enc.Example], report: DataReport) -> np.ndarray:
     report.lengths = np.array([len(e.ids) for e in examples], np.int64)
     report.tokens = int(report.lengths.sum())
     report.trained = int(sum(e.trained.sum() for e in examples))
-    report.truncated = sum(e.truncated for e in examples)
+    report.truncated = sum(e.lost > 0 for e in examples)
+    report.lost = sum(e.lost for e in examples)
     hashes = np.array([_hash(e) for e in examples], np.uint64)
     report.duplicates = len(hashes) - len(np.unique(hashes))
     return hashes

@@ -37,13 +37,13 @@ class Example:
       trained: bool [n], True where the token is predicted and counts in the loss; the
         first token is never predicted.
       where: the place of the row in its source.
-      truncated: whether the end was cut off to fit max_length.
+      lost: tokens that were cut off at the end to fit max_length.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     where: str
-    truncated: bool = False
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _finish(
         return Dropped(NOTHING, where)
     # Ids are checked against the vocabulary later, so they must not wrap here.
     ids = np.clip(np.array(made.ids[:most], np.int64), -1, 2**31 - 1).astype(np.int32)
-    return Example(ids, trained, where, truncated=length > most)
+    return Example(ids, trained, where, lost=max(0, length - most))
 
 
 def _encode_texts(

@@ -52,6 +52,7 @@ class DataReport:
     read: int = 0
     kept: int = 0
     truncated: int = 0
+    lost: int = 0
     duplicates: int = 0
     dropped: dict[str, Tally] = field(default_factory=dict)
     skipped: dict[str, Tally] = field(default_factory=dict)
@@ -115,7 +116,9 @@ class DataReport:
             (f"  skipped, {clip(r, 100)}", str(t)) for r, t in self.skipped.items()
         ]
         if self.truncated:
-            rows.append((f"  cut at {self.max_length:,} tokens", f"{self.truncated:,}"))
+            share = self.lost / (self.tokens + self.lost)
+            lost = f"{self.truncated:,} rows; {self.lost:,} tokens lost, {share:.0%}"
+            rows.append((f"  cut at {self.max_length:,} tokens", lost))
         if self.duplicates:
             rows.append(("  seen before", f"{self.duplicates:,} (kept)"))
         if self.identical.count:

@@ -37,7 +37,7 @@ def show_example(
         else:
             pieces.append(f"{GREEN if trained else DIM}{safe}{RESET}")
     count = f"{len(example.ids):,} tokens, {int(example.trained.sum()):,} trained on"
-    cut = ", cut" if example.truncated else ""
+    cut = ", cut" if example.lost else ""
     return f"{visible(example.where)}: {count}{cut}\n{''.join(pieces)}"
 
 

@@ -121,12 +121,12 @@ def test_an_empty_prompt(plain, make_tokenizer):
 def test_overlong_rows(plain):
     long = pair("a", "b" * 50)
     cut = one(long, plain, max_length=10)
-    assert len(cut.ids) == 10 and cut.truncated
+    assert len(cut.ids) == 10 and cut.lost > 0
     assert (cut.ids == one(long, plain).ids[:10]).all()
     assert one(long, plain, max_length=10, overlong="drop") == Dropped(TOO_LONG, WHERE)
     error = fault_of(lambda: one(long, plain, max_length=10, overlong="error"))
     assert error.where == WHERE and error.got == "52"
-    assert not one(long, plain, max_length=52, overlong="error").truncated
+    assert one(long, plain, max_length=52, overlong="error").lost == 0
 
 
 def test_a_prompt_without_room_for_an_answer(plain):

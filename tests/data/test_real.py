@@ -72,7 +72,7 @@ def test_real_conversations(real, shared, name):
     end = real[name].eos_id
     for example in data.examples:
         last = example.ids[example.trained][-1]
-        assert last == end or example.truncated
+        assert last == end or example.lost
 
 
 @pytest.mark.parametrize("name", ALL)
