@@ -94,6 +94,7 @@ def main(args: flags.FlagValues) -> dict[str, Any] | None:
     tokenizer = policy.base.tokenizer
     if talks:
         command = Switch(policy, generator, args.adapter)
+        say("/adapters lists the adapters, /adapter NAME takes another")
         most = args.max_new_tokens
         talk(generator, tokenizer, most, sampling, chat=chat, command=command)
         return None

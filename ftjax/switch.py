@@ -44,6 +44,13 @@ def with_adapter(
     Raises:
       UserError: as `open_policy`.
     """
+    if policy.step is not None and policy.plan is None:
+        raise UserError(
+            "an adapter belongs to the model that it was trained on",
+            where="/adapter",
+            got=f"{policy.label}, which has weights of its own",
+            fix="open the base: --model, or the workdir of a LoRA run",
+        )
     chosen = read_adapters(
         adapter,
         weights,

@@ -13,10 +13,12 @@ import pytest
 from ftjax import cli, evaluate, export, generate
 from ftjax.checkpoints.peft import save_adapter
 from ftjax.console import printable
+from ftjax.errors import UserError
 from ftjax.loading import base_hash, open_base, open_policy
 from ftjax.rollout import Generator, Sampling
 from ftjax.switch import Switch, with_adapter
 from tests.goldens import check_peft
+from tests.runs import make_run
 from tests.tiny import make_tiny_checkpoint
 
 IDS = [1, 70, 80, 90, 100, 110]
@@ -104,6 +106,27 @@ def test_an_open_policy_takes_another(tiny_llama: Path, two: list[str]) -> None:
     np.testing.assert_array_equal(logits(with_adapter(plain, two[0])), logits(policy))
 
 
+def test_a_run_is_left_and_found_again(tiny_llama: Path, tmp_path: Path) -> None:
+    policy = open_policy(workdir=str(make_run(tmp_path / "lora", tiny_llama, rank=2)))
+    generator = Generator(policy.base.spec, policy.variables, apart=True)
+    before = generator.generate([IDS], 5)
+    switch = Switch(policy, generator)
+    assert switch("/adapter none")
+    plain = Generator(policy.base.spec, {"params": policy.variables["params"]})
+    assert generator.generate([IDS], 5) == plain.generate([IDS], 5) != before
+    assert switch("/adapter run")
+    assert generator.generate([IDS], 5) == before
+    assert not switch("/adapt") and not switch("what is an /adapter?")
+
+
+def test_weights_of_their_own_take_no_adapter(
+    tiny_llama: Path, two: list[str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "full", tiny_llama, method="full")
+    with pytest.raises(UserError, match="belongs to the model"):
+        with_adapter(open_policy(workdir=str(run)), two[0])
+
+
 def test_a_chat_switches(
     tiny_llama: Path,
     two: list[str],
@@ -123,11 +146,14 @@ def test_a_chat_switches(
     generate.talk(generator, tokenizer, 5, Sampling(), chat=False, command=command)
     shown = capsys.readouterr().out
     ids = generate.encode_prompt(tokenizer, "the", chat=False)
+    texts = set()
     for name in (",".join(two), *two, "none"):
         alone = open_policy(model=str(tiny_llama), adapter=name)
-        made = Generator(spec, alone.variables).generate([ids], 5)[0]
+        made = Generator(spec, alone.variables, apart=True).generate([ids], 5)[0]
         text = tokenizer.decode(ids + made.tokens)[len(tokenizer.decode(ids)) :]
         assert f"{printable(text)}\n" in shown
+        texts.add(text)
+    assert len(texts) == 4
     listing = f"  none\n  {two[0]}\n* {two[1]}\n"
     assert shown.count(listing) == 2
     assert "not the folder of an adapter" in shown
