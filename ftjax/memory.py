@@ -1,7 +1,7 @@
 """The memory that a run will take, from shapes alone: nothing is read or compiled.
 
-Weights, gradients and moments are exact; activations are an upper estimate of what the
-backward pass keeps, by remat policy. Sizes are bytes per device.
+Weights, gradients and optimizer states are exact; activations are an upper estimate of
+what the backward pass keeps, by remat policy. Sizes are bytes per device.
 """
 
 import math
@@ -15,10 +15,9 @@ from ftjax.methods.lora import init_lora, lora_axes
 from ftjax.methods.quant import abstract_quant, quant_axes, without
 from ftjax.models.proj import abstract_params, find_sites, params_axes
 from ftjax.models.spec import ModelSpec
+from ftjax.optim import make_optimizer
 from ftjax.prepare import Shape
 from ftjax.sharding import shard_tree
-
-MOMENTS = 2  # of AdamW, float32 each
 
 
 def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, int]:
@@ -40,19 +39,45 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
         trained = jax.eval_shape(lambda: init_lora(plan, 0))
         trained_axes = lora_axes(plan)
     masters = _bytes(trained, trained_axes, mesh, 4)
+    optimizer = _optimizer(config.optim, shape, trained, trained_axes, mesh)
+    # A second point, where the gradient is taken, beside the average.
+    points = 2 if config.optim.name == "schedule_free" else 1
     rows = config.train.batch_size // config.train.accumulate
     tokens = math.ceil(rows / mesh.size) * length
     item = jnp.dtype(shape.dtype).itemsize
     sizes = {
         "frozen weights": 0 if full else _frozen(shape, params, axes, mesh),
-        "trained weights": masters,
+        "trained weights": masters * points,
         "gradients": masters * (2 if config.train.accumulate > 1 else 1),
-        "optimizer": MOMENTS * masters,
+        "optimizer": optimizer,
         "activations": tokens * item * kept_per_token(shape.model.spec, config),
         "a layer at work": tokens * item * _layer(shape.model.spec)["none"],
         "head, a chunk at a time": _head(config, shape, rows / mesh.size, length),
     }
     return {**sizes, "total": sum(sizes.values())}
+
+
+def _optimizer(optim: Any, shape: Shape, trained: Any, axes: Any, mesh: Mesh) -> int:
+    """Bytes of the optimizer's state, as it is made.
+
+    What has the shape of a weight is split as that weight is; the rest (scales of
+    codes, rows and columns of a factored moment, counters) is whole on every device.
+    """
+    shardings = jax.tree.leaves_with_path(shard_tree(trained, axes, mesh))
+    places = {tuple(map(str, path)): place for path, place in shardings}
+    shapes = {
+        tuple(map(str, path)): leaf.shape
+        for path, leaf in jax.tree.leaves_with_path(trained)
+    }
+    tx = make_optimizer(optim, 1, shape.matrices)
+    total = 0
+    for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(tx.init, trained)):
+        keys = tuple(map(str, path))
+        tails = (keys[i:j] for i in range(len(keys)) for j in (len(keys), -1))
+        weight = next((t for t in tails if shapes.get(t) == leaf.shape), None)
+        local = places[weight].shard_shape(leaf.shape) if weight else leaf.shape
+        total += math.prod(local) * leaf.dtype.itemsize
+    return total
 
 
 def _frozen(shape: Shape, params: Any, axes: Any, mesh: Mesh) -> int:

@@ -92,7 +92,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         first = resume_point(checkpoints, identity)
         trained, frozen = load_variables(config, base, shape, mesh)
         folder.save_config(settings)  # no bad input can be found from here on
-        tx = make_optimizer(config.optim, steps)
+        tx = make_optimizer(config.optim, steps, shape.matrices)
         state = on_mesh(init_state(trained, tx, config.seed), mesh)
         meta = {**identity, "chat": data.train.report.conversations > 0} | NEW
         if first:
