@@ -33,11 +33,11 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
     axes = params_axes(shape.model)
     full = shape.plan is None
     if shape.plan is None:
-        trained, trained_axes = params, axes
+        trained, trained_axes = {"params": params}, {"params": axes}
     else:
         plan = shape.plan
-        trained = jax.eval_shape(lambda: init_lora(plan, 0))
-        trained_axes = lora_axes(plan)
+        trained = {"lora": jax.eval_shape(lambda: init_lora(plan, 0))}
+        trained_axes = {"lora": lora_axes(plan)}
     masters = _bytes(trained, trained_axes, mesh, 4)
     optimizer = _optimizer(config.optim, shape, trained, trained_axes, mesh)
     # A second point, where the gradient is taken, beside the average.

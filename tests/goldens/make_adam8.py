@@ -4,9 +4,9 @@ Run by hand, from the root of the repository, in an environment that has it:
 
     python -m tests.goldens.make_adam8
 
-The codes are those of its portable quantizer, the nearest value in the table, which its
-CPU kernel (0.50) replaces with a look-up of 65,536 bins: up to 3e-5 of a block's largest
-number beside the nearest, so that zero becomes 2e-5 of it.
+The codes are those of its portable quantizer, the nearest value in the table. Its CPU
+kernel (0.50) looks them up in bins instead, and is off by up to 3e-5 of the largest
+number of a block: zero becomes 2e-5 of it.
 
 The weight is larger than what bitsandbytes keeps in float32, and its last block is
 short; the gradients span several orders of magnitude, and some are zero.

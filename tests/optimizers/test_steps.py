@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from ftjax.optim import make_optimizer
+from ftjax.optimizers.muon import Matrices
 from ftjax.optimizers.schedule_free import gradient_point
 from ftjax.optimizers.settings import NAMES
 from ftjax.weights import Delta
@@ -18,7 +19,7 @@ from tests.models_small import optim_config
 
 STEPS, LR, DECAY, WARMUP = 3, 0.02, 0.1, 2
 RATES = [LR / 3, LR * 2 / 3, LR]
-MATRICES = {("layers", "out"): (1, 2)}
+MATRICES: Matrices = {("layers", "out"): (1, 2)}
 # Two layers of a projection [3, 4] -> [6], a table wide enough to factor, a norm.
 SHAPES: dict[str, tuple[int, ...]] = {
     "w": (2, 3, 4, 6),
@@ -199,7 +200,8 @@ def test_lora_plus_multiplies_the_steps_of_b_alone(name: str) -> None:
         start = numbers("weights") | {"b": np.zeros(SHAPES["b"], np.float32)}
         params = jax.tree.map(jnp.asarray, tree(start))
         grads = jax.tree.map(jnp.asarray, gradient(0))
-        moved.append(arrays(tx.update(grads, tx.init(params), params)[0]))
+        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+        moved.append(arrays(updates))
     plain, plus = moved
     for leaf in SHAPES:
         times = 16 if leaf == "b" else 1
