@@ -66,14 +66,16 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.loss.chunk = 64  # positions per row that the head handles at a time
 
     c.optim = ConfigDict()
-    c.optim.name = "adamw"
-    c.optim.lr = 1e-4
-    c.optim.schedule = "cosine"  # constant, linear, cosine
+    c.optim.name = "adamw"  # adamw8bit, adafactor, lion, muon, schedule_free
+    c.optim.lr = 1e-4  # lion wants a tenth of it
+    c.optim.b_lr_ratio = 1.0  # LoRA+: the rate of LoRA's b over that of a
+    c.optim.schedule = "cosine"  # constant, linear, cosine, wsd
     c.optim.warmup = 10  # steps
-    c.optim.final = 0.1  # of lr, at the last step
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.999
-    c.optim.eps = 1e-8
+    c.optim.decay = 0.2  # of wsd alone: the share of the steps, at the end, that fall
+    c.optim.final = 0.1  # of lr, at the last step; not of constant
+    c.optim.b1 = -1.0  # -1: as usual, for these three; not of adafactor
+    c.optim.b2 = -1.0  # not of adafactor
+    c.optim.eps = -1.0  # not of adafactor and lion
     c.optim.weight_decay = 0.0
     c.optim.clip_norm = 1.0  # 0: no clipping
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftjax.errors import UserError
+from ftjax.optimizers import settings
 from ftjax.quant.formats import NAMES as FORMATS
 
 Test = Callable[[Any], bool]
@@ -23,6 +24,9 @@ POSITIVE = Range("a positive number", lambda x: x > 0)
 AT_LEAST_0 = Range("0 or more", lambda x: x >= 0)
 AT_LEAST_1 = Range("1 or more", lambda x: x >= 1)
 SHARE = Range("at least 0, below 1", lambda x: 0 <= x < 1)
+SETTING = Range(
+    "at least 0, below 1, or -1 (as usual)", lambda x: 0 <= x < 1 or x == -1
+)
 NOT_EMPTY = Range("a name or a path", bool)
 
 
@@ -60,14 +64,18 @@ RULES: dict[str, Range] = {
     "data.on_bad_row": one_of("error", "skip"),
     "data.eval_rows": AT_LEAST_0,
     "loss.chunk": AT_LEAST_1,
-    "optim.name": one_of("adamw"),
+    "optim.name": one_of(*settings.NAMES),
     "optim.lr": POSITIVE,
-    "optim.schedule": one_of("constant", "linear", "cosine"),
+    "optim.b_lr_ratio": POSITIVE,
+    "optim.schedule": one_of("constant", "linear", "cosine", "wsd"),
     "optim.warmup": AT_LEAST_0,
     "optim.final": Range("between 0 and 1", lambda x: 0 <= x <= 1),
-    "optim.b1": SHARE,
-    "optim.b2": SHARE,
-    "optim.eps": POSITIVE,
+    "optim.decay": Range("above 0, at most 1", lambda x: 0 < x <= 1),
+    "optim.b1": SETTING,
+    "optim.b2": SETTING,
+    "optim.eps": Range(
+        "a positive number, or -1 (as usual)", lambda x: x > 0 or x == -1
+    ),
     "optim.weight_decay": AT_LEAST_0,
     "optim.clip_norm": AT_LEAST_0,
     "train.steps": AT_LEAST_1,
@@ -107,6 +115,7 @@ def validate(config: Any) -> None:
                 got=repr(value),
             )
     _contradictions(config)
+    _check_optimizer(config)
 
 
 def _contradictions(config: Any) -> None:
@@ -144,6 +153,34 @@ def _contradictions(config: Any) -> None:
         )
     if train.steps is not None and optim.warmup >= train.steps:
         raise _long_warmup(optim.warmup, train.steps)
+
+
+def _check_optimizer(config: Any) -> None:
+    optim = config.optim
+    if strangers := settings.unused(optim):
+        raise UserError(
+            "this optimizer does not have these settings",
+            where=", ".join(f"config.optim.{key}" for key in strangers),
+            expected=", ".join(["-1 (as usual)", *settings.USUAL[optim.name]]),
+            got=f"name={optim.name}, "
+            + ", ".join(f"{key}={optim[key]}" for key in strangers),
+            fix=" ".join(f"--config.optim.{key}=-1" for key in strangers),
+        )
+    if optim.name == "schedule_free" and optim.schedule != "constant":
+        raise UserError(
+            "schedule_free averages its weights at a constant rate",
+            where="config.optim.name, config.optim.schedule",
+            expected="schedule=constant, with or without a warm-up",
+            got=f"schedule={optim.schedule}",
+            fix="--config.optim.schedule=constant",
+        )
+    if optim.b_lr_ratio != 1 and config.method.name != "lora":
+        raise UserError(
+            "there is no `b` whose learning rate could differ",
+            where="config.method.name, config.optim.b_lr_ratio",
+            expected="b_lr_ratio=1, or method=lora or qlora",
+            got=f"method={config.method.name}, b_lr_ratio={optim.b_lr_ratio}",
+        )
 
 
 def _long_warmup(warmup: int, steps: int) -> UserError:

@@ -1,7 +1,7 @@
 """The memory that a run will take, from shapes alone: nothing is read or compiled.
 
-Weights, gradients and moments are exact; activations are an upper estimate of what the
-backward pass keeps, by remat policy. Sizes are bytes per device.
+Weights, gradients and optimizer states are exact; activations are an upper estimate of
+what the backward pass keeps, by remat policy. Sizes are bytes per device.
 """
 
 import math
@@ -14,10 +14,9 @@ from jax.sharding import Mesh
 from ftjax.methods.quant import abstract_quant, quant_axes, without
 from ftjax.models.proj import abstract_params, find_sites, params_axes
 from ftjax.models.spec import ModelSpec
+from ftjax.optim import make_optimizer
 from ftjax.prepare import Shape
 from ftjax.sharding import shard_tree
-
-MOMENTS = 2  # of AdamW, float32 each
 
 
 def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, int]:
@@ -30,20 +29,48 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
       mesh: the devices.
     """
     method = shape.method
-    masters = sum(_bytes(p.shapes, p.axes, mesh, 4) for p in method.parts.values())
+    trained = {name: part.shapes for name, part in method.parts.items()}
+    trained_axes = {name: part.axes for name, part in method.parts.items()}
+    masters = _bytes(trained, trained_axes, mesh, 4)
+    optimizer = _optimizer(config.optim, shape, trained, trained_axes, mesh)
+    # A second point, where the gradient is taken, beside the average.
+    points = 2 if config.optim.name == "schedule_free" else 1
     rows = config.train.batch_size // config.train.accumulate
     tokens = math.ceil(rows / mesh.size) * length
     item = jnp.dtype(shape.dtype).itemsize
     sizes = {
         "frozen weights": 0 if method.whole else _frozen(shape, mesh),
-        "trained weights": masters,
+        "trained weights": masters * points,
         "gradients": masters * (2 if config.train.accumulate > 1 else 1),
-        "optimizer": MOMENTS * masters,
+        "optimizer": optimizer,
         "activations": tokens * item * kept_per_token(shape.model.spec, config),
         "a layer at work": tokens * item * _layer(shape.model.spec)["none"],
         "head, a chunk at a time": _head(config, shape, rows / mesh.size, length),
     }
     return {**sizes, "total": sum(sizes.values())}
+
+
+def _optimizer(optim: Any, shape: Shape, trained: Any, axes: Any, mesh: Mesh) -> int:
+    """Bytes of the optimizer's state, as it is made.
+
+    What has the shape of a weight is split as that weight is; the rest (scales of
+    codes, rows and columns of a factored moment, counters) is whole on every device.
+    """
+    shardings = jax.tree.leaves_with_path(shard_tree(trained, axes, mesh))
+    places = {tuple(map(str, path)): place for path, place in shardings}
+    shapes = {
+        tuple(map(str, path)): leaf.shape
+        for path, leaf in jax.tree.leaves_with_path(trained)
+    }
+    tx = make_optimizer(optim, 1, shape.matrices)
+    total = 0
+    for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(tx.init, trained)):
+        keys = tuple(map(str, path))
+        tails = (keys[i:j] for i in range(len(keys)) for j in (len(keys), -1))
+        weight = next((t for t in tails if shapes.get(t) == leaf.shape), None)
+        local = places[weight].shard_shape(leaf.shape) if weight else leaf.shape
+        total += math.prod(local) * leaf.dtype.itemsize
+    return total
 
 
 def _frozen(shape: Shape, mesh: Mesh) -> int:

@@ -21,7 +21,14 @@ from ftjax.methods.method import plan_method
 from ftjax.methods.parts import Method, Row
 from ftjax.methods.quant import Plan, plan_quant, stored_plan
 from ftjax.models.decoder import Decoder
-from ftjax.models.proj import abstract_params, find_sites, init_params, params_axes
+from ftjax.models.proj import (
+    HEAD,
+    abstract_params,
+    find_sites,
+    init_params,
+    params_axes,
+)
+from ftjax.optimizers.muon import Matrices
 from ftjax.sharding import make_mesh, shard_tree
 
 PyTree = Any
@@ -112,6 +119,16 @@ class Shape:
     def params(self) -> PyTree:
         """Of the whole model, as if nothing were quantized."""
         return abstract_params(self.model)
+
+    @property
+    def matrices(self) -> Matrices:
+        """How the projections inside the layers are matrices, for `make_optimizer`."""
+        sites = find_sites(self.model).items()
+        return {
+            path: (int(site.layers is not None), len(site.inputs))
+            for path, site in sites
+            if path != HEAD
+        }
 
 
 def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:

@@ -15,6 +15,7 @@ import optax
 
 from ftjax import runtime
 from ftjax.losses.causal_lm import Sums
+from ftjax.optimizers.schedule_free import gradient_point
 from ftjax.weights import Array, join
 
 PyTree = Any
@@ -55,7 +56,8 @@ def make_train_step(
         state: TrainState, frozen: PyTree, batch: PyTree
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        sums, grads = sum_micro_batches(loss, state.trained, frozen, batch, key)
+        at = gradient_point(state.opt_state, state.trained)
+        sums, grads = sum_micro_batches(loss, at, frozen, batch, key)
         weight = jnp.maximum(sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)

@@ -95,7 +95,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         folder.save_config(settings)  # no bad input can be found from here on
         if stop.requested and not first:
             raise Stopped("stopped before the first step: there is nothing to save")
-        tx = make_optimizer(config.optim, steps)
+        tx = make_optimizer(config.optim, steps, shape.matrices)
         state = on_mesh(init_state(trained, tx, config.seed), mesh)
         meta = {**identity, "chat": data.train.report.conversations > 0} | NEW
         if first:

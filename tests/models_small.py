@@ -32,13 +32,16 @@ def lora_config(**changes: Any) -> SimpleNamespace:
 
 def optim_config(**changes: Any) -> SimpleNamespace:
     values: dict[str, Any] = {
+        "name": "adamw",
         "lr": 1e-2,
+        "b_lr_ratio": 1.0,
         "schedule": "constant",
         "warmup": 0,
+        "decay": 0.2,
         "final": 0.1,
-        "b1": 0.9,
-        "b2": 0.999,
-        "eps": 1e-8,
+        "b1": -1.0,
+        "b2": -1.0,
+        "eps": -1.0,
         "weight_decay": 0.0,
         "clip_norm": 1.0,
     }

@@ -23,6 +23,7 @@ FLOORS = {
     "ftjax.runtime": 0,
     "ftjax.step": 0,
     "ftjax.optim": 0,
+    "ftjax.optimizers": 0,
     "ftjax.metrics": 0,
     "ftjax.config": 0,
     "ftjax.console": 0,

@@ -109,6 +109,8 @@ def test_steps_equal_torch(method: str, micro: int, tmp_path: Path) -> None:
     trained, frozen = split(method, {"params": params}, lora)
     optim = SimpleNamespace(
         **make_steps.OPTIM,
+        name="adamw",
+        b_lr_ratio=1.0,
         schedule="constant",
         warmup=0,
         final=1.0,

@@ -46,6 +46,7 @@ def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
         + found.temp_size_in_bytes
     )
     config = SimpleNamespace(
+        optim=optim_config(),
         train=SimpleNamespace(batch_size=ROWS * 4, accumulate=1),
         model=SimpleNamespace(remat=remat),
         method=settings,

@@ -26,6 +26,20 @@ def test_every_schedule_starts_at_the_rate(name: str) -> None:
     assert float(rate(10)) == pytest.approx(0.5 if name == "constant" else 0.05)
 
 
+def test_wsd_stays_and_then_falls_over_its_share() -> None:
+    config = optim_config(lr=1.0, warmup=2, schedule="wsd", decay=0.4, final=0.2)
+    rate = make_schedule(config, 10)
+    values = [float(rate(step)) for step in range(11)]
+    expected = [1 / 3, 2 / 3, *[1.0] * 5, 0.8, 0.6, 0.4, 0.2]
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+def test_wsd_falls_no_earlier_than_the_warm_up_ends() -> None:
+    config = optim_config(lr=1.0, warmup=5, schedule="wsd", decay=1.0, final=0.0)
+    rate = make_schedule(config, 10)
+    np.testing.assert_allclose([float(rate(s)) for s in (5, 10)], [1.0, 0.0], atol=1e-6)
+
+
 def test_decay_is_for_matrices_alone() -> None:
     model, params = small_model()
     mask = decayed({"params": params, "lora": small_lora(model)[1]})

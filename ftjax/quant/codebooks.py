@@ -1,6 +1,7 @@
 """The values that codes stand for: bitsandbytes' tables, exactly.
 
-`NF4` and `FP4` are indexed by the 4-bit code, `DYNAMIC` by the 8-bit one.
+`NF4` and `FP4` are indexed by the 4-bit code, `DYNAMIC` and `UNSIGNED` by the 8-bit
+one.
 """
 
 import numpy as np
@@ -37,14 +38,18 @@ FP4 = np.concatenate([_POSITIVE, 0 - _POSITIVE]) / np.float32(12)
 FP4_ORDER = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8)
 
 
-def _dynamic_map() -> np.ndarray:
-    """Signed 8-bit numbers with a dynamic exponent (arXiv 1511.04561): 256, sorted."""
+def _dynamic_map(signed: bool) -> np.ndarray:
+    """8-bit numbers with a dynamic exponent (arXiv 1511.04561): 256, sorted.
+
+    Without a sign, its bit goes to the fraction.
+    """
     parts = [np.array([0, 1], np.float32)]
     for exponent in range(7):
-        edges = _linspace(np.float32(0.1), np.float32(1), 2**exponent + 1)
+        count = 2**exponent if signed else 2 ** (exponent + 1)
+        edges = _linspace(np.float32(0.1), np.float32(1), count + 1)
         means = (edges[:-1] + edges[1:]) / np.float32(2)
         positive = np.float32(10.0 ** (exponent - 6)) * means
-        parts += [positive, -positive]
+        parts += [positive, -positive] if signed else [positive]
     return np.sort(np.concatenate(parts))
 
 
@@ -55,7 +60,8 @@ def _linspace(start: np.float32, end: np.float32, count: int) -> np.ndarray:
     return np.where(index < count // 2, up, down).astype(np.float32)
 
 
-DYNAMIC = _dynamic_map()
+DYNAMIC = _dynamic_map(signed=True)
+UNSIGNED = _dynamic_map(signed=False)
 
 
 def ascending(format_name: str) -> tuple[np.ndarray, np.ndarray]:

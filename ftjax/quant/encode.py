@@ -17,7 +17,7 @@ import numpy as np
 from ftjax.quant.codebooks import DYNAMIC, ascending
 from ftjax.quant.formats import NESTED_BLOCK, Format
 
-_TINY = np.float32(1e-38)  # stands in for the largest number of a block of zeros
+TINY = np.float32(1e-38)  # stands in for the largest number of a block of zeros
 
 
 class Encoded(NamedTuple):
@@ -90,9 +90,9 @@ def _table_codes(flat: jax.Array, name: str, block: int) -> tuple[jax.Array, jax
     scale = jnp.max(jnp.abs(blocks), axis=1, initial=0)
     # A product with the reciprocal, and a quotient in the partial block, as in the
     # original: the two round differently.
-    scaled = (blocks * (1 / jnp.maximum(scale, _TINY))[:, None]).reshape(-1)
+    scaled = (blocks * (1 / jnp.maximum(scale, TINY))[:, None]).reshape(-1)
     if rest.size:
-        last = jnp.maximum(jnp.max(jnp.abs(rest)), _TINY)
+        last = jnp.maximum(jnp.max(jnp.abs(rest)), TINY)
         scaled = jnp.concatenate([scaled, rest / last])
         scale = jnp.concatenate([scale, last[None]])
     middle, order = ascending(name)
@@ -109,15 +109,20 @@ def _dynamic_codes(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     count = values.size
     padded = jnp.pad(values, (0, -count % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     nested = jnp.max(jnp.abs(padded), axis=1)
-    scaled = (padded * (1 / jnp.maximum(nested, _TINY))[:, None]).reshape(-1)[:count]
-    table = jnp.asarray(DYNAMIC)
-    above = jnp.clip(jnp.searchsorted(table, scaled), 1, 255)
-    low, high = table[above - 1], table[above]
-    nearer_low = scaled - low <= high - scaled
-    codes = jnp.where(nearer_low, above - 1, above).astype(jnp.uint8)
+    scaled = (padded * (1 / jnp.maximum(nested, TINY))[:, None]).reshape(-1)[:count]
+    codes = nearest_code(DYNAMIC, scaled)
     # A block of zeros, as when there is one scale and so nothing beside the mean.
     empty = jnp.repeat(nested == 0, NESTED_BLOCK)[:count]
     return jnp.where(empty, jnp.uint8(0), codes), nested
+
+
+def nearest_code(table: np.ndarray, scaled: jax.Array) -> jax.Array:
+    """The uint8 codes of the nearest of 256 ascending values; at a tie, the lower."""
+    values = jnp.asarray(table)
+    above = jnp.clip(jnp.searchsorted(values, scaled), 1, 255)
+    low, high = values[above - 1], values[above]
+    nearer_low = scaled - low <= high - scaled
+    return jnp.where(nearer_low, above - 1, above).astype(jnp.uint8)
 
 
 def _encode_integers(weight_OI: jax.Array, fmt: Format) -> Encoded:
@@ -143,13 +148,13 @@ def _integer_codes(
         most = np.float32(2**bits - 1)
         low, high = jnp.min(w_OGI, axis=2), jnp.max(w_OGI, axis=2)
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)  # zero must be exact
-        scale = jnp.maximum((high - low) / most, _TINY)
+        scale = jnp.maximum((high - low) / most, TINY)
         zero = jnp.clip(jnp.round(-low / scale), 0, most)
         codes = jnp.round(w_OGI / scale[..., None]) + zero[..., None]
         return jnp.clip(codes, 0, most).astype(jnp.uint8), scale, zero.astype(jnp.uint8)
     most = np.float32(2 ** (bits - 1) - 1)
     largest = jnp.max(jnp.abs(w_OGI), axis=2)
-    codes = jnp.round(w_OGI * (most / jnp.maximum(largest, _TINY))[..., None])
+    codes = jnp.round(w_OGI * (most / jnp.maximum(largest, TINY))[..., None])
     codes = jnp.clip(codes, -most, most).astype(jnp.int8)
     if bits == 4:
         codes = (codes + 8).astype(jnp.uint8)
