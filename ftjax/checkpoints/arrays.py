@@ -113,8 +113,7 @@ def require_match(
             where=where,
             expected="the same names, shapes and dtypes",
             got="\n".join(faults[:_SHOWN] + more),
-            fix="use the model and method that the run began with, or another "
-            "--workdir",
+            fix="use the model, method and optimizer of this run, or another --workdir",
         )
 
 

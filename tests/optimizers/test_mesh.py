@@ -64,7 +64,7 @@ def test_four_devices_give_the_numbers_of_one(name: str) -> None:
     config = optim_config(name=name, weight_decay=0.01, lr=0.1)
     mesh = make_mesh(2, 2)
     shape, spread, _ = spread_over(mesh, "full")
-    trained = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), spread)
+    trained = jax.tree.map(lambda x: jnp.asarray(np.array(x)), spread)
     tx = make_optimizer(config, 10, shape.matrices)
     alone, one = init_state(trained, tx, 0), jax.jit(make_train_step(bowl, tx))
     state = on_mesh(init_state(spread, tx, 0), mesh)
@@ -77,7 +77,7 @@ def test_four_devices_give_the_numbers_of_one(name: str) -> None:
         state, found = many(state, {}, put_batch(batch, sharding))
         assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
     assert places == jax.tree.map(lambda x: x.sharding, state)
-    before = jax.tree.map(np.asarray, (state.trained, state.opt_state))
+    before = jax.tree.map(np.array, (state.trained, state.opt_state))
     batch["weights"][:] = 0
     state, found = many(state, {}, put_batch(batch, sharding))
     assert int(found["skipped"]) == 1
