@@ -121,6 +121,9 @@ def method_config(name: str) -> ConfigDict:
         method.kind = "houlsby"  # houlsby, pfeiffer
         method.size = 16  # of the hidden layers
         method.activation = "gelu"  # gelu, relu, silu
+    if name == "ia3":
+        method.targets = "k_proj,v_proj,down_proj"
+        method.feedforward = "down_proj"  # of these, whose inputs are multiplied
     if method.name not in ("full", "freeze"):
         method.also_train = ""  # regexes of weights of the base: embed_tokens,.*norm
     return method

@@ -36,7 +36,7 @@ RULES: dict[str, Range] = {
     "model.dtype": one_of("auto", "float32", "bfloat16"),
     "model.param_dtype": one_of("auto", "float32", "bfloat16"),
     "model.remat": one_of("none", "dots", "full"),
-    "method.name": one_of("lora", "full", "freeze", "bottleneck"),
+    "method.name": one_of("lora", "full", "freeze", "bottleneck", "ia3"),
     "method.rank": AT_LEAST_1,
     "method.alpha": POSITIVE,
     "method.dropout": SHARE,

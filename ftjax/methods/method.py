@@ -14,6 +14,7 @@ import jax
 
 from ftjax.methods.bottleneck import plan_bottleneck
 from ftjax.methods.freeze import plan_freeze, train_also
+from ftjax.methods.ia3 import plan_ia3
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
 from ftjax.methods.parts import Method, Part, PyTree, Row, master
 from ftjax.models.decoder import Decoder
@@ -54,6 +55,7 @@ METHODS: dict[str, Callable[[Decoder, Mapping[Path, Site], Any], Method]] = {
     "full": _full,
     "freeze": plan_freeze,
     "bottleneck": plan_bottleneck,
+    "ia3": plan_ia3,
 }
 
 

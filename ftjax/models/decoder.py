@@ -20,6 +20,7 @@ from ftjax.quant.qtensor import QTensor
 from ftjax.sharding import constrain_batch
 from ftjax.weights import Array, Hidden
 
+LAYERED = ("params", "quant", "lora", "ia3", "adapters")  # collections with layers
 ADAPTERS = ("attn_adapter", "mlp_adapter")
 REMAT = {
     "none": None,
@@ -159,7 +160,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0, "quant": 0, "lora": 0, "adapters": 0},
+            variable_axes=dict.fromkeys(LAYERED, 0),
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=s.n_layers,

@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "freeze-named": {"name": "freeze", "layers": 0, "pattern": "layers.1.mlp.*"},
     "freeze-all-layers": {"name": "freeze", "layers": 2},
     "houlsby": {"name": "bottleneck", "size": 8},
+    "ia3": {"name": "ia3"},
+    "ia3-norms": {"name": "ia3", "targets": ".*_proj", "also_train": ".*norm"},
     "pfeiffer": {"name": "bottleneck", "kind": "pfeiffer", "activation": "relu"},
 }
 
