@@ -36,7 +36,9 @@ RULES: dict[str, Range] = {
     "model.dtype": one_of("auto", "float32", "bfloat16"),
     "model.param_dtype": one_of("auto", "float32", "bfloat16"),
     "model.remat": one_of("none", "dots", "full"),
-    "method.name": one_of("lora", "full", "freeze", "bottleneck", "ia3"),
+    "method.name": one_of(
+        "lora", "full", "freeze", "bottleneck", "ia3", "prompt", "prefix"
+    ),
     "method.rank": AT_LEAST_1,
     "method.alpha": POSITIVE,
     "method.dropout": SHARE,
@@ -45,6 +47,8 @@ RULES: dict[str, Range] = {
     "method.layers": AT_LEAST_0,
     "method.kind": one_of("houlsby", "pfeiffer"),
     "method.size": AT_LEAST_1,
+    "method.tokens": AT_LEAST_1,
+    "method.std": AT_LEAST_0,
     "method.activation": one_of("gelu", "relu", "silu"),
     "quant.format": one_of("none", *FORMATS),
     "quant.group": Range("-1 (as usual), 0 (a channel) or more", lambda x: x >= -1),

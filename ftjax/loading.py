@@ -24,7 +24,7 @@ from ftjax.checkpoints.hf import (
     open_weights,
     read_config,
 )
-from ftjax.checkpoints.peft import load_adapter
+from ftjax.checkpoints.peft_others import load_any
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError
@@ -32,6 +32,7 @@ from ftjax.methods.lora import LoraPlan, lora_axes
 from ftjax.methods.method import plan_method
 from ftjax.methods.parts import Method
 from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
+from ftjax.methods.virtual import virtual_count
 from ftjax.models.config_reader import say
 from ftjax.models.decoder import Decoder
 from ftjax.models.presets import PRESETS
@@ -39,7 +40,7 @@ from ftjax.models.proj import abstract_params, find_sites, params_axes, put
 from ftjax.models.registry import spec_from_config
 from ftjax.models.spec import ModelSpec
 from ftjax.quant.qtensor import QTensor
-from ftjax.sharding import make_mesh, shard_tree
+from ftjax.sharding import make_mesh, replicated, shard_tree
 from ftjax.weights import join
 from ftjax.workdir import read_json
 
@@ -73,9 +74,10 @@ class Policy:
     """A model that is ready to be applied: `model.apply(variables, ...)`.
 
     Attributes:
-      variables: {'params': ...}, and 'lora' where there is an adapter.
-      plan: of the adapter, or None.
+      variables: {'params': ...}, and the collection of an adapter, such as 'lora'.
+      plan: of a LoRA adapter, or None.
       label: what this is, for people: model, run, step.
+      max_positions: of a row, behind the virtual tokens if there are any.
       step: of the run's checkpoint, or None.
       chat: whether the run was trained on conversations.
     """
@@ -318,7 +320,7 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         variables,
         method.lora,
         f"run {workdir}, step {step} ({which})",
-        base.spec.max_positions,
+        base.spec.max_positions - virtual_count(method),
         step,
         bool(meta.get("chat")),
     )
@@ -358,7 +360,8 @@ def _open_model(base: Base, adapter: str, dtype: Any, mesh: Mesh, note: Note) ->
     if not adapter:
         variables = load_base(base, dtype, mesh, note=note)
         return Policy(base, decoder, variables, None, f"model {base.name}", positions)
-    loaded = load_adapter(Path(adapter).expanduser(), find_sites(decoder))
+    sites = find_sites(decoder)
+    loaded = load_any(Path(adapter).expanduser(), sites, base.spec)
     if not loaded.base_hash:
         made_for = loaded.base_name or "unknown"
         note(
@@ -366,12 +369,14 @@ def _open_model(base: Base, adapter: str, dtype: Any, mesh: Mesh, note: Note) ->
             f" {made_for}); it is put on {base.name} unverified"
         )
     _check_hash(loaded.base_hash, base, adapter)
-    lora = jax.device_put(
-        loaded.lora, shard_tree(loaded.lora, lora_axes(loaded.plan), mesh)
-    )
+    plan, places = loaded.plan, replicated(mesh)
+    if plan is not None:
+        places = shard_tree(loaded.tree, lora_axes(plan), mesh)
+    tree = jax.device_put(loaded.tree, places)
     label = f"adapter {adapter} on {base.name}"
-    variables = {**load_base(base, dtype, mesh, note=note), "lora": lora}
-    return Policy(base, decoder, variables, loaded.plan, label, positions)
+    variables = {**load_base(base, dtype, mesh, note=note), loaded.kind: tree}
+    positions -= loaded.virtual
+    return Policy(base, decoder, variables, plan, label, positions)
 
 
 def _check_hash(expected: str | None, base: Base, where: str) -> None:

@@ -20,6 +20,7 @@ from ftjax.loading import Base, load_base, open_base, start
 from ftjax.methods.method import plan_method
 from ftjax.methods.parts import Method, Row
 from ftjax.methods.quant import Plan, plan_quant, stored_plan
+from ftjax.methods.virtual import begin_with, virtual_count
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import abstract_params, find_sites, init_params, params_axes
 from ftjax.sharding import make_mesh, shard_tree
@@ -54,6 +55,8 @@ def prepare(config: Any) -> Prepared:
         weights=not config.model.from_scratch,
     )
     shape = prepare_shape(config, base, mesh)
+    room = base.spec.max_positions - virtual_count(shape.method)
+    check_positions(config, room)
     data = prepare_data(config, base)
     steps = total_steps(config, data.loader.rows_per_epoch)
     return Prepared(mesh, base, shape, data, steps)
@@ -126,6 +129,9 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
     param_dtype = dtype if stored == "auto" else jnp.dtype(stored)
     model = Decoder(base.spec, dtype=dtype, remat=config.model.remat, mesh=mesh)
     method = plan_method(model, config.method)
+    if method.name == "prompt" and config.method.text:
+        ids = base.tokenizer.encode([config.method.text], add_special=False)[0]
+        method = begin_with(method, ids)
     formats = plan_quant(find_sites(model), config.quant)
     if base.weights is not None and base.weights.formats:
         stored = base.weights.formats
