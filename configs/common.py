@@ -125,6 +125,15 @@ def method_config(name: str) -> ConfigDict:
         method.kind = "houlsby"  # houlsby, pfeiffer
         method.size = 16  # of the hidden layers
         method.activation = "gelu"  # gelu, relu, silu
+    if name == "ia3":
+        method.targets = "k_proj,v_proj,down_proj"
+        method.feedforward = "down_proj"  # of these, whose inputs are multiplied
+    if name == "prompt":
+        method.tokens = 20  # virtual ones, before every row
+        method.text = ""  # they begin as its tokens; empty: as random tokens
+    if name == "prefix":
+        method.tokens = 20  # keys and values, before every row and in every layer
+        method.std = 0.02  # of their start; PEFT's is 1
     if method.name not in ("full", "freeze"):
         method.also_train = ""  # regexes of weights of the base: embed_tokens,.*norm
     return method

@@ -17,11 +17,14 @@ import jax
 from jax.sharding import Mesh
 
 from ftjax.checkpoints.peft import Adapter, load_adapter
+from ftjax.checkpoints.peft_others import Adapter as OtherAdapter
+from ftjax.checkpoints.peft_others import is_other, load_any
 from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan, lora_axes
 from ftjax.methods.several import Update, combine
 from ftjax.models.proj import Path as SitePath
 from ftjax.models.proj import Site
+from ftjax.models.spec import ModelSpec
 from ftjax.sharding import shard_tree
 
 NONE = "none"
@@ -92,6 +95,27 @@ def read_adapters(
         return Chosen(names, adapter and adapter.lora, plan, label, read)
     lora, plan = combine(updates(read, names), gains, rank) or (None, None)
     return Chosen(names, lora, plan, label, read)
+
+
+def read_other(
+    text: str, sites: Mapping[SitePath, Site], spec: ModelSpec
+) -> OtherAdapter | None:
+    """An adapter that is no low-rank update, where `--adapter` names one such folder.
+
+    Raises:
+      UserError: if it stands among others: only low-rank updates add up.
+    """
+    names = [name for name in names_of(text) if name != NONE]
+    other = [name for name in names if is_other(Path(name).expanduser())]
+    if not other:
+        return None
+    if names[1:]:
+        raise UserError(
+            "only low-rank adapters can be used together",
+            where=f"--adapter={text}",
+            got=f"{other[0]} is of another kind",
+        )
+    return load_any(Path(other[0]).expanduser(), sites, spec)
 
 
 def updates(known: Known, names: Sequence[str]) -> list[Update | None]:

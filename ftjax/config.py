@@ -41,8 +41,10 @@ RULES: dict[str, Range] = {
     "model.param_dtype": one_of("auto", "float32", "bfloat16"),
     "model.remat": one_of("none", "dots", "full"),
     "method.name": Range(
-        "lora, qlora, full, freeze or bottleneck",
-        lambda x: x in ("lora", "full", "freeze", "bottleneck"),
+        "lora, qlora, full, freeze, bottleneck, ia3, prompt or prefix",
+        lambda x: (
+            x in ("lora", "full", "freeze", "bottleneck", "ia3", "prompt", "prefix")
+        ),
     ),
     "method.rank": AT_LEAST_1,
     "method.alpha": POSITIVE,
@@ -52,6 +54,8 @@ RULES: dict[str, Range] = {
     "method.layers": AT_LEAST_0,
     "method.kind": one_of("houlsby", "pfeiffer"),
     "method.size": AT_LEAST_1,
+    "method.tokens": AT_LEAST_1,
+    "method.std": AT_LEAST_0,
     "method.activation": one_of("gelu", "relu", "silu"),
     "quant.format": one_of("none", *FORMATS),
     "quant.group": Range("-1 (as usual), 0 (a channel) or more", lambda x: x >= -1),

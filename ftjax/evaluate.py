@@ -81,7 +81,7 @@ def measure(
         as this command has them.
       tell: prints the report of the data.
     """
-    batches, report = read_batches(args, policy.base, mesh)
+    batches, report = read_batches(args, policy.base, mesh, policy.max_positions)
     if tell:
         say(report.text())
     found = evaluate(
@@ -94,24 +94,25 @@ def measure(
 
 
 def read_batches(
-    args: Any, base: Base, mesh: Mesh
+    args: Any, base: Base, mesh: Mesh, most: int = 0
 ) -> tuple[Iterator[dict[str, np.ndarray]], DataReport]:
     """The batches of a data set, in file order, and what the data was.
 
     Args:
       args: as in `measure`.
+      most: tokens that fit into the model's context; 0: all of its positions.
     """
-    dataset = _dataset(args, base)
-    longest = _max_length(args, base)
+    longest = _max_length(args, most or base.spec.max_positions)
+    dataset = _dataset(args, base, longest)
     length = row_length(dataset, max_length=longest, packing=False)
     loader = Loader(dataset, length=length, packing=True, seed=0, shuffle=False)
     rows = -(-min(args.batch_size, loader.rows_per_epoch) // mesh.size) * mesh.size
     return loader.epoch(rows), dataset.report
 
 
-def _dataset(args: Any, base: Base) -> Dataset:
+def _dataset(args: Any, base: Base, longest: int) -> Dataset:
     rules = SimpleNamespace(
-        max_length=_max_length(args, base),
+        max_length=longest,
         overlong=args.overlong,
         completion_only=args.completion_only,
         empty_completion="drop",
@@ -128,9 +129,8 @@ def _dataset(args: Any, base: Base) -> Dataset:
     )
 
 
-def _max_length(args: Any, base: Base) -> int:
+def _max_length(args: Any, most: int) -> int:
     """How many tokens of a row are looked at."""
-    most = base.spec.max_positions
     if args.max_length > most:
         raise UserError(
             "rows would be longer than the model's context",

@@ -28,7 +28,8 @@ from ftjax import cli
 from ftjax.checkpoints import gguf
 from ftjax.checkpoints.folder import refuse_existing, write_folder
 from ftjax.checkpoints.hf import save_params
-from ftjax.checkpoints.peft import is_zero, save_adapter
+from ftjax.checkpoints.peft import is_zero
+from ftjax.checkpoints.peft_others import KINDS, adapter_kind, save_any
 from ftjax.checkpoints.quant_save import save_quantized
 from ftjax.console import count, say
 from ftjax.data.tokenizer import FILES
@@ -39,15 +40,22 @@ from ftjax.loading import (
     base_hash,
     open_policy,
     public_name,
-    read_run_config,
 )
 from ftjax.merged import kinds, measure_change, merged_params, tell_change, tree_reader
+from ftjax.methods.lora import LoraPlan
 from ftjax.methods.quant import Plan, plan_quant
 from ftjax.models.proj import find_sites
 from ftjax.quant.formats import NAMES
+from ftjax.run_folder import read_run_config
 from ftjax.workdir import require_space
 
 GENERATION = "generation_config.json"
+# Methods that train what is no weight of the model, and what that is.
+NEW = {
+    "bottleneck": "new layers between those of the base",
+    "prompt": "virtual tokens before every row",
+    "prefix": "keys and values before every row",
+}
 
 
 def define(args: flags.FlagValues) -> None:
@@ -148,19 +156,20 @@ def _check_method(args: flags.FlagValues) -> None:
     """Whether what was trained goes into the folder that is asked for."""
     method = read_run_config(args.workdir)["method"] if args.workdir else {}
     name, beside = method.get("name", ""), method.get("also_train", "")
-    if args.to != "peft" and name in ("bottleneck",):
+    if args.to != "peft" and name in NEW:
         raise UserError(
             "what this run has trained is no weight of the model",
             where=f"--to={args.to}",
-            got=f"method={name}: new layers between those of the base",
-            fix="use the run itself: generate and evaluate take --workdir",
+            got=f"method={name}: {NEW[name]}",
+            fix="use the run itself: generate and evaluate take --workdir"
+            + ("; --to=peft writes the adapter" if name in KINDS else ""),
         )
-    if args.to == "peft" and (name != "lora" or beside):
+    if args.to == "peft" and (name not in KINDS or beside):
         trained = {"": "a model alone", "full": f"{args.workdir} is a full fine-tune"}
         got = trained.get(name, f"{args.workdir} was trained with method={name}")
-        if beside and name == "lora":
-            got = f"an update, and weights trained beside it: also_train={beside}"
-        whole = name != "bottleneck"
+        if beside and name in KINDS:
+            got = f"method={name}, and weights trained beside it: also_train={beside}"
+        whole = name not in NEW
         raise UserError(
             "there is no adapter to export",
             where="--to=peft",
@@ -184,28 +193,43 @@ def refuse_source(out: Path, base: Base, adapters: Mapping[str, Any]) -> None:
 
 def write_adapter(out: Path, policy: Policy) -> None:
     """Writes a folder that PEFT loads. Raises UserError if nothing was learned."""
-    plan, base = policy.plan, policy.base
-    lora = policy.variables.get("lora")
-    if plan is None or is_zero(lora):
+    plan, base, variables = policy.plan, policy.base, policy.variables
+    kind = adapter_kind(variables)
+    if kind is None or (kind == "lora" and plan is None):
         raise UserError(
-            "the adapter changes nothing: its B is zero everywhere"
-            if plan
-            else "there is no adapter to export",
+            "there is no adapter to export",
             where=policy.label,
-            fix="train it first" if plan else "--to=merged writes the whole model",
+            fix="--to=merged writes the whole model",
+        )
+    tree = variables[kind]
+    idle = {"lora": "its B is zero", "ia3": "its factors are one"}.get(kind, "")
+    ones = kind == "ia3" and all(bool(jnp.all(x == 1)) for x in jax.tree.leaves(tree))
+    if ones or (kind == "lora" and is_zero(tree)):
+        raise UserError(
+            f"the adapter changes nothing: {idle} everywhere",
+            where=policy.label,
+            fix="train it first",
         )
 
     def fill(folder: Path) -> None:
-        save_adapter(folder, lora, plan, public_name(base), _hash(base))
-        ranks = sorted({r for at in plan.sites.values() for r in at.ranks if r})
-        facts = {
-            "adapter": "LoRA, rank " + "/".join(map(str, ranks)),
-            "targets": ", ".join(path[-1] for path in plan.sites),
-            "trained parameters": count(sum(at.count for at in plan.sites.values())),
-        }
-        write_rest(folder, policy, facts, "peft")
+        sites = find_sites(policy.model)
+        save_any(folder, variables, plan, sites, public_name(base), _hash(base))
+        write_rest(folder, policy, _adapter_facts(kind, tree, plan), "peft")
 
     write_folder(out, fill)
+
+
+def _adapter_facts(kind: str, tree: Any, plan: LoraPlan | None) -> dict[str, str]:
+    """What the card says of an adapter."""
+    if plan is None:
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(tree))
+        return {"adapter": KINDS[kind], "trained parameters": count(numbers)}
+    ranks = sorted({r for at in plan.sites.values() for r in at.ranks if r})
+    return {
+        "adapter": "LoRA, rank " + "/".join(map(str, ranks)),
+        "targets": ", ".join(path[-1] for path in plan.sites),
+        "trained parameters": count(sum(at.count for at in plan.sites.values())),
+    }
 
 
 def write_merged(
@@ -353,7 +377,7 @@ def model_card(policy: Policy, facts: dict[str, str], library: str) -> str:
         "tags: [ftjax]",
         "---",
         "",
-        f"# {'A LoRA adapter' if library == 'peft' else 'A language model'}",
+        f"# {'An adapter' if library == 'peft' else 'A language model'}",
         "",
         "Written by `ftjax.export`.",
         "",

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ftjax.adapters import Known, read_adapters
+from ftjax.adapters import Known, read_adapters, read_other
 from ftjax.checkpoints.hf import (
     Weights,
     check_vocab,
@@ -27,6 +27,7 @@ from ftjax.checkpoints.hf import (
     read_config,
 )
 from ftjax.checkpoints.peft import Adapter
+from ftjax.checkpoints.peft_others import Adapter as OtherAdapter
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError
@@ -34,6 +35,7 @@ from ftjax.methods.lora import LoraPlan
 from ftjax.methods.method import plan_method
 from ftjax.methods.parts import Method
 from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
+from ftjax.methods.virtual import virtual_count
 from ftjax.models.config_reader import say
 from ftjax.models.decoder import Decoder
 from ftjax.models.presets import PRESETS
@@ -41,9 +43,9 @@ from ftjax.models.proj import abstract_params, find_sites, params_axes, put
 from ftjax.models.registry import spec_from_config
 from ftjax.models.spec import ModelSpec
 from ftjax.quant.qtensor import QTensor
-from ftjax.sharding import make_mesh, shard_tree
+from ftjax.run_folder import choose_step, read_run_config
+from ftjax.sharding import make_mesh, replicated, shard_tree
 from ftjax.weights import join
-from ftjax.workdir import read_json
 
 PyTree = Any
 Note = Callable[[str], None]
@@ -75,9 +77,10 @@ class Policy:
     """A model that is ready to be applied: `model.apply(variables, ...)`.
 
     Attributes:
-      variables: {'params': ...}, and 'lora' where there is an adapter.
-      plan: of the adapter, or None.
+      variables: {'params': ...}, and the collection of an adapter, such as 'lora'.
+      plan: of a LoRA adapter, or None.
       label: what this is, for people: model, run, step.
+      max_positions: of a row, behind the virtual tokens if there are any.
       step: of the run's checkpoint, or None.
       chat: whether the run was trained on conversations.
       adapters: those that were read for the base, by name.
@@ -260,26 +263,6 @@ def open_policy(
     return _open_model(_base_of_run(config, note), adapters, dtype, mesh, note)
 
 
-def read_run_config(workdir: str) -> dict[str, Any]:
-    """The configuration that a run was started with, from its `config.json`.
-
-    Raises:
-      UserError: if this is no run directory.
-    """
-    folder = Path(workdir).expanduser()
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    if not {"model", "method", "data"} <= config.keys():
-        is_model = "model_type" in config
-        raise UserError(
-            "this is not the folder of a run",
-            where=folder,
-            expected="config.json and checkpoints/, as ftjax.train leaves them",
-            got=None if folder.is_dir() else "no such folder",
-            fix=f"pass it as --model={workdir}" if is_model else None,
-        )
-    return config
-
-
 def run_formats(config: dict[str, Any], model: Decoder) -> Plan:
     """What a run quantized of its base; nothing, if it knew no quantization yet."""
     if "quant" not in config:
@@ -305,7 +288,7 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
     decoder = Decoder(base.spec, dtype=dtype)
     folder = Path(workdir).expanduser() / "checkpoints"
     saved = Checkpoints(folder, report=note)
-    step, which = _choose_step(saved, weights)
+    step, which = choose_step(saved, weights)
     meta = saved.meta(step)
     _check_hash(meta.get("base_hash"), base, f"{folder}/{step}/meta.json")
     method = plan_method(decoder, SimpleNamespace(**config["method"]))
@@ -325,7 +308,7 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         variables,
         method.lora,
         f"run {workdir}, step {step} ({which})",
-        base.spec.max_positions,
+        base.spec.max_positions - virtual_count(method),
         step,
         bool(meta.get("chat")),
     )
@@ -340,40 +323,31 @@ def _like(shapes: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def _choose_step(saved: Checkpoints, weights: str) -> tuple[int, str]:
-    best = saved.best() if weights != "last" else None
-    if best is not None:
-        return best, "best by eval loss"
-    last = saved.latest() if weights != "best" else None
-    if last is not None:
-        return last, "last"
-    raise UserError(
-        "the run has no checkpoint to use"
-        if weights != "best"
-        else "the run has kept no best checkpoint",
-        where=saved.dir,
-        fix="let it train until its first save"
-        if weights != "best"
-        else "--weights=last, or train with data.eval and train.keep_best=1",
-    )
-
-
 def _open_model(
     base: Base, adapters: tuple[str, str, int], dtype: Any, mesh: Mesh, note: Note
 ) -> Policy:
     """A base alone, or with adapters from folders."""
     decoder = Decoder(base.spec, dtype=dtype)
     check = partial(check_adapter, base, note)
-    chosen = read_adapters(*adapters, sites=find_sites(decoder), check=check)
+    sites, most = find_sites(decoder), base.spec.max_positions
+    other = read_other(adapters[0], sites, base.spec)
+    if other is not None:
+        check(other, adapters[0])
+        label = f"adapter {adapters[0]} on {base.name}"
+        variables = load_base(base, dtype, mesh, note=note)
+        variables[other.kind] = jax.device_put(other.tree, replicated(mesh))
+        return Policy(base, decoder, variables, None, label, most - other.virtual)
+    chosen = read_adapters(*adapters, sites=sites, check=check)
     variables = load_base(base, dtype, mesh, note=note) | chosen.variables(mesh)
     label = f"{chosen.label} on {base.name}" if chosen.label else f"model {base.name}"
-    most = base.spec.max_positions
     return Policy(
         base, decoder, variables, chosen.plan, label, most, adapters=chosen.known
     )
 
 
-def check_adapter(base: Base, note: Note, adapter: Adapter, where: str) -> None:
+def check_adapter(
+    base: Base, note: Note, adapter: Adapter | OtherAdapter, where: str
+) -> None:
     """Refuses an adapter of another base; notes one that does not say."""
     if not adapter.base_hash:
         made_for = adapter.base_name or "unknown"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ftjax.methods.quant import abstract_quant, quant_axes, without
+from ftjax.methods.virtual import virtual_count
 from ftjax.models.proj import abstract_params, find_sites, params_axes
 from ftjax.models.spec import ModelSpec
 from ftjax.optim import make_optimizer
@@ -36,7 +37,7 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
     # A second point, where the gradient is taken, beside the average.
     points = 2 if config.optim.name == "schedule_free" else 1
     rows = config.train.batch_size // config.train.accumulate
-    tokens = math.ceil(rows / mesh.size) * length
+    tokens = math.ceil(rows / mesh.size) * (length + virtual_count(method))
     item = jnp.dtype(shape.dtype).itemsize
     sizes = {
         "frozen weights": 0 if method.whole else _frozen(shape, mesh),

@@ -18,6 +18,7 @@ from ftjax.console import say
 from ftjax.evals.change import change
 from ftjax.evaluate import read_batches
 from ftjax.loading import Policy, load_base, open_base
+from ftjax.methods.ia3 import merge_ia3
 from ftjax.methods.lora import merge
 from ftjax.methods.quant import dequantize
 from ftjax.models.decoder import Decoder
@@ -34,6 +35,8 @@ def merged_params(policy: Policy) -> Any:
         params = jax.jit(dequantize)(params, policy.variables["quant"])
     if "lora" in policy.variables:
         params = jax.jit(merge)(params, policy.variables["lora"])
+    if "ia3" in policy.variables:
+        params = jax.jit(merge_ia3)(params, policy.variables["ia3"])
     return params
 
 

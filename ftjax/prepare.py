@@ -20,6 +20,7 @@ from ftjax.loading import Base, load_base, open_base, start
 from ftjax.methods.method import plan_method
 from ftjax.methods.parts import Method, Row
 from ftjax.methods.quant import Plan, plan_quant, stored_plan
+from ftjax.methods.virtual import begin_with, virtual_count
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import (
     HEAD,
@@ -61,7 +62,8 @@ def prepare(config: Any) -> Prepared:
         weights=not config.model.from_scratch,
     )
     shape = prepare_shape(config, base, mesh)
-    data = prepare_data(config, base)
+    room = base.spec.max_positions - virtual_count(shape.method)
+    data = prepare_data(config, base, room)
     steps = total_steps(config, data.loader.rows_per_epoch)
     return Prepared(mesh, base, shape, data, steps)
 
@@ -77,13 +79,18 @@ class Data:
     length: int
 
 
-def prepare_data(config: Any, base: Base) -> Data:
+def prepare_data(config: Any, base: Base, room: int) -> Data:
     """Reads, checks, encodes and packs the data of a config.
+
+    Args:
+      config: of the run.
+      base: its model.
+      room: positions of a row, of those that the model knows.
 
     Raises:
       UserError: with file and line, for whatever cannot be trained on.
     """
-    c = data_settings(config, base.spec.max_positions)
+    c = data_settings(config, room)
 
     def build(source: str, split: str) -> Dataset:
         return build_dataset(
@@ -142,6 +149,9 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
     param_dtype = dtype if stored == "auto" else jnp.dtype(stored)
     model = Decoder(base.spec, dtype=dtype, remat=config.model.remat, mesh=mesh)
     method = plan_method(model, config.method)
+    if method.name == "prompt" and config.method.text:
+        ids = base.tokenizer.encode([config.method.text], add_special=False)[0]
+        method = begin_with(method, ids)
     formats = plan_quant(find_sites(model), config.quant)
     if base.weights is not None and base.weights.formats:
         stored = base.weights.formats

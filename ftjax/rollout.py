@@ -22,6 +22,7 @@ from ftjax.models.cached import (
     cached_logits,
     init_cache,
     split_layers,
+    virtual_tokens,
     with_lora,
 )
 from ftjax.models.spec import ModelSpec
@@ -220,11 +221,12 @@ class Generator:
                 expected="at least one; this tokenizer puts no token before a text",
                 fix="write a prompt",
             )
-        room = self.spec.max_positions - len(prompt)
+        virtual = virtual_tokens(self._weights)
+        room = self.spec.max_positions - virtual - len(prompt)
         if room <= 0:
             raise UserError(
                 "the prompt is longer than the model's context",
-                expected=f"fewer than {self.spec.max_positions} tokens",
+                expected=f"fewer than {self.spec.max_positions - virtual} tokens",
                 got=f"{len(prompt)} tokens",
                 fix="shorten the prompt",
             )
@@ -254,7 +256,7 @@ def _prefill(
 ) -> _State:
     """Reads the prompts and draws each row's first new token."""
     rows, width = tokens_BP.shape
-    cache = init_cache(static.spec, rows, width + new, jnp.dtype(dtype))
+    cache = init_cache(static.spec, rows, width + new, jnp.dtype(dtype), weights)
     start = jnp.zeros((), jnp.int32)
     logits, cache = cached_logits(
         static.spec, weights, tokens_BP, start, rules.start_B, cache

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ftjax import cli, describe
 from ftjax.checkpoints.folder import replace_folder
-from ftjax.checkpoints.peft import save_adapter
+from ftjax.checkpoints.peft_others import adapter_kind, save_any
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.config import validate
 from ftjax.console import Progress, say
@@ -34,6 +34,7 @@ from ftjax.loading import Base, base_hash, public_name
 from ftjax.losses.causal_lm import Sums, causal_lm
 from ftjax.metrics import MetricLog
 from ftjax.models.decoder import Decoder, hidden_and_head
+from ftjax.models.proj import find_sites
 from ftjax.optim import make_optimizer, make_schedule
 from ftjax.prepare import Data, Prepared, Shape, load_variables, prepare
 from ftjax.report import write_report
@@ -342,19 +343,19 @@ def finish(
 ) -> None:
     """Leaves the report, and the adapter of the best step, or of the last."""
     step = checkpoints.best() or checkpoints.latest()
-    if shape.method.lora is not None and step is not None:
-        lora = state.trained["lora"]
+    alone = len(state.trained) == 1 and adapter_kind(state.trained)
+    if alone and step is not None:
+        trained = state.trained
         if step != int(state.step):
-            like = {"trained": {"lora": lora}}
-            saved = checkpoints.restore(step, like, partial=True)
-            lora = saved["trained"]["lora"]
-        base_hash = checkpoints.meta(step)["base_hash"]
+            like = {"trained": trained}
+            trained = checkpoints.restore(step, like, partial=True)["trained"]
         save = partial(
-            save_adapter,
-            lora=lora,
+            save_any,
+            variables=trained,
             plan=shape.method.lora,
+            sites=find_sites(shape.model),
             base_name=public_name(base),
-            base_hash=base_hash,
+            base_hash=checkpoints.meta(step)["base_hash"],
         )
         replace_folder(folder.path / "adapter", save)
     write_report(folder.path)

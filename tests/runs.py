@@ -13,6 +13,7 @@ from configs import sft
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.loading import base_hash, load_base, open_base
 from ftjax.methods.lora import init_lora, plan_lora
+from ftjax.methods.method import plan_method
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites
 from ftjax.sharding import make_mesh
@@ -62,6 +63,10 @@ def _trained(base: Any, method: dict[str, Any], seed: int) -> Any:
 
     if method["name"] == "full":
         return jax.tree.map(moved, load_base(base, jnp.float32, make_mesh()))
+    if method["name"] != "lora":
+        loaded = load_base(base, jnp.float32, make_mesh())
+        plan_of_it = plan_method(Decoder(base.spec), SimpleNamespace(**method))
+        return jax.tree.map(moved, plan_of_it.start(loaded, seed)[0])
     plan = plan_lora(find_sites(Decoder(base.spec)), SimpleNamespace(**method))
     lora = init_lora(plan, seed)
     is_delta = {"is_leaf": lambda leaf: hasattr(leaf, "dense")}

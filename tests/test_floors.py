@@ -45,6 +45,7 @@ FLOORS = {
     "ftjax.memory": 4,
     "ftjax.prepare": 4,
     "ftjax.report": 4,
+    "ftjax.run_folder": 4,
     "ftjax.switch": 4,
     "ftjax.train": 5,
     "ftjax.check": 5,

@@ -51,7 +51,9 @@ def what_it_is(head: bytes) -> str | None:
         return "a git-LFS pointer: the file itself was never downloaded (git lfs pull)"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "an HTML page: the download ended at an error or login page"
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
+    # A safetensors file may begin so too: with a length, and then comes JSON.
+    pickled = head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04"))
+    if pickled and head[8:9] != b"{":
         return "a pickle or zip (PyTorch) file, which is never opened"
     if text.startswith((b"entry not found", b"access to model", b"repository not")):
         return "an error message of the Hub: " + head[:80].decode("utf-8", "replace")

@@ -175,7 +175,7 @@ def load_adapter(folder: FilePath, sites: Mapping[Path, Site]) -> Adapter:
     """
     config = read_config(folder)
     where = folder / CONFIG
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     layers = {
         name: site
         for path, site in sites.items()
@@ -212,7 +212,7 @@ def load_adapter(folder: FilePath, sites: Mapping[Path, Site]) -> Adapter:
         tree,
         LoraPlan(plans, dropout),
         str(config.get("base_model_name_or_path") or ""),
-        _metadata(folder / TENSORS).get(HASH_KEY),
+        read_metadata(folder / TENSORS).get(HASH_KEY),
     )
 
 
@@ -222,7 +222,7 @@ def is_zero(lora: Any) -> bool:
     return not any(bool(jnp.any(delta.b != 0)) for delta in deltas)
 
 
-def _read_tensors(folder: FilePath) -> dict[str, Tensor]:
+def read_tensors(folder: FilePath) -> dict[str, Tensor]:
     if not (folder / TENSORS).is_file():
         pickled = (folder / _PICKLE).is_file()
         raise UserError(
@@ -339,13 +339,13 @@ def _stack(at: SitePlan, pairs: list[dict[str, Tensor] | None], p: float) -> Del
     for layer, pair in enumerate(pairs):
         if pair is not None:
             r = at.ranks[layer]
-            a[layer, :, :r] = _finite(pair["A"]).T
-            b[layer, :r] = _finite(pair["B"]).T
+            a[layer, :, :r] = finite(pair["A"]).T
+            b[layer, :r] = finite(pair["B"]).T
     a, b = a.reshape(-1, *site.inputs, rank), b.reshape(-1, rank, *site.outputs)
     return Delta(a, b, np.asarray(at.scales, np.float32), p)  # type: ignore[arg-type]
 
 
-def _finite(tensor: Tensor) -> np.ndarray:
+def finite(tensor: Tensor) -> np.ndarray:
     values = tensor.read().astype(np.float32)
     if not np.isfinite(values).all():
         raise UserError(
@@ -356,7 +356,7 @@ def _finite(tensor: Tensor) -> np.ndarray:
     return values
 
 
-def _metadata(path: FilePath) -> dict[str, str]:
+def read_metadata(path: FilePath) -> dict[str, str]:
     from safetensors import safe_open
 
     with safe_open(path, "np") as file:

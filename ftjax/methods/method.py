@@ -14,8 +14,10 @@ import jax
 
 from ftjax.methods.bottleneck import plan_bottleneck
 from ftjax.methods.freeze import plan_freeze, train_also
+from ftjax.methods.ia3 import plan_ia3
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
 from ftjax.methods.parts import Method, Part, PyTree, Row, master
+from ftjax.methods.virtual import plan_prefix, plan_prompt
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import Path, Site, abstract_params, find_sites, params_axes
 
@@ -54,6 +56,9 @@ METHODS: dict[str, Callable[[Decoder, Mapping[Path, Site], Any], Method]] = {
     "full": _full,
     "freeze": plan_freeze,
     "bottleneck": plan_bottleneck,
+    "ia3": plan_ia3,
+    "prompt": plan_prompt,
+    "prefix": plan_prefix,
 }
 
 

@@ -110,12 +110,51 @@ def _is_list(node: Any) -> bool:
     return isinstance(node, list)
 
 
-def init_cache(spec: ModelSpec, rows: int, slots: int, dtype: Any) -> Cache:
-    shape = (rows, spec.n_kv_heads, slots, spec.head_dim)
-    return [
+def init_cache(
+    spec: ModelSpec, rows: int, slots: int, dtype: Any, weights: Weights | None = None
+) -> Cache:
+    """Room for `slots` tokens a row, behind the virtual ones that `weights` have."""
+    n = virtual_tokens(weights)
+    shape = (rows, spec.n_kv_heads, n + slots, spec.head_dim)
+    cache = [
         {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
         for _ in range(spec.n_layers)
     ]
+    if weights is None or not n:
+        return cache
+    if "prompt" in weights["rest"]:
+        before = _read_prompt(spec, weights, dtype)
+    else:
+        prefix = {k: x.swapaxes(1, 2) for k, x in weights["rest"]["prefix"].items()}
+        before = [
+            {k: x_LKnH[i][None] for k, x_LKnH in prefix.items()}
+            for i in range(spec.n_layers)
+        ]
+    return [
+        {k: x.at[:, :, :n].set(first[k].astype(dtype)) for k, x in layer.items()}
+        for layer, first in zip(cache, before, strict=True)
+    ]
+
+
+def virtual_tokens(weights: Weights | None) -> int:
+    """How many stand before every row."""
+    rest = {} if weights is None else weights["rest"]
+    if "prompt" in rest:
+        return len(rest["prompt"]["tokens"])
+    return rest["prefix"]["k"].shape[1] if "prefix" in rest else 0
+
+
+def _read_prompt(spec: ModelSpec, weights: Weights, dtype: Any) -> Cache:
+    """The keys and values of the virtual tokens, the same for every row."""
+    prompt_1nD = weights["rest"]["prompt"]["tokens"].astype(dtype)[None]
+    n = prompt_1nD.shape[1]
+    index = jnp.arange(n)
+    cos, sin = layers.rope_angles(spec.rope, spec.head_dim, index[None])
+    distance = (index[:, None] - index[None, :])[None]
+    shared = {"mask": distance >= 0, "distance": distance, "cos": cos, "sin": sin}
+    empty = init_cache(spec, 1, n, dtype)
+    shared["slot"] = jnp.zeros((), jnp.int32)
+    return _run(spec, weights, prompt_1nD, shared, empty)[1]
 
 
 def cached_logits(
@@ -129,7 +168,8 @@ def cached_logits(
     """Float32 logits [B, V] after the last of T tokens, and the cache with them in it.
 
     Rows end together: row b begins at slot `start_B[b]`, so that slot s holds its
-    position s - start_B[b], and what lies before is padding that nobody looks at.
+    position s - start_B[b], and what lies before is padding that nobody looks at. The
+    virtual tokens of a prompt or a prefix lie before slot 0, and shift positions.
 
     Args:
       spec: of the model.
@@ -142,20 +182,31 @@ def cached_logits(
     rest = weights["rest"]
     dtype = cache[0]["k"].dtype
     model = Decoder(spec, dtype=dtype)
+    n = virtual_tokens(weights)
     queries = slot + jnp.arange(tokens_BT.shape[1])
-    keys = jnp.arange(cache[0]["k"].shape[2])
-    distance_TS = queries[:, None] - keys[None, :]
+    keys = jnp.arange(cache[0]["k"].shape[2]) - n
+    distance = (queries[:, None] - keys[None, :])[None]
     begun_BS = keys[None, :] >= start_B[:, None]
-    positions_BT = jnp.maximum(queries[None, :] - start_B[:, None], 0)
+    positions_BT = jnp.maximum(queries[None, :] - start_B[:, None], 0) + n
+    mask = (distance >= 0) & begun_BS[:, None, :]
+    if n:
+        virtual = (keys < 0)[None, None]
+        mask |= virtual
+        ahead = positions_BT[:, :, None] - (keys + n)[None, None]
+        distance = jnp.where(virtual, 0 if "prefix" in rest else ahead, distance)
     cos, sin = layers.rope_angles(spec.rope, spec.head_dim, positions_BT)
-    shared = {
-        "mask": (distance_TS >= 0)[None] & begun_BS[:, None, :],
-        "distance": distance_TS[None],
-        "cos": cos,
-        "sin": sin,
-        "slot": slot,
-    }
+    shared = {"mask": mask, "distance": distance, "cos": cos, "sin": sin}
+    shared["slot"] = slot + n
     x = model.apply(rest, tokens_BT, method=lambda m, t: m.embed_tokens(t))
+    x, written = _run(spec, weights, x, shared, cache)
+    last = model.apply(rest, x[:, -1:], method=lambda m, h: m.unembed(m.norm(h)))
+    return last[:, 0], written
+
+
+def _run(
+    spec: ModelSpec, weights: Weights, x: Array, shared: Any, cache: Cache
+) -> tuple[Array, Cache]:
+    """x [B, T, D] through all the blocks, and the cache with its keys and values."""
     block, written = Block(spec, None), []
     for i, (tree, old) in enumerate(zip(weights["layers"], cache, strict=True)):
         layer: dict[str, Any] = {"cache": old}
@@ -165,5 +216,4 @@ def cached_logits(
             layer["rope"] = False
         x, new = block.apply(tree, x, layer, shared)
         written.append(new)
-    last = model.apply(rest, x[:, -1:], method=lambda m, h: m.unembed(m.norm(h)))
-    return last[:, 0], written
+    return x, written

@@ -20,6 +20,7 @@ from ftjax.quant.qtensor import QTensor
 from ftjax.sharding import constrain_batch
 from ftjax.weights import Array, Hidden
 
+LAYERED = ("params", "quant", "lora", "ia3", "adapters")  # collections with layers
 ADAPTERS = ("attn_adapter", "mlp_adapter")
 REMAT = {
     "none": None,
@@ -81,7 +82,9 @@ class SelfAttention(nn.Module):
         if "window" in layer:
             mask = mask & (shared["distance"] < layer["window"])
         cache = layer.get("cache")
-        if cache is None:
+        if "prefix" in layer:
+            y = layers.prefixed_attention(q, k, v, mask, layer["prefix"])
+        elif cache is None:
             y = layers.causal_attention(q, k, v, mask)
         else:
             cache = layers.write_cache(cache, k, v, shared["slot"])
@@ -159,7 +162,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0, "quant": 0, "lora": 0, "adapters": 0},
+            variable_axes=dict.fromkeys(LAYERED, 0),
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=s.n_layers,
@@ -173,24 +176,61 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens_BT: Array, positions_BT: Array, segments_BT: Array
     ) -> Array:
-        """Hidden states [B, T, D] after the final norm, for packed rows."""
-        index = jnp.arange(tokens_BT.shape[1])
-        shared = {
-            "mask": layers.packed_mask(segments_BT),
-            "distance": (index[:, None] - index[None, :])[None],
-        }
+        """Hidden states [B, T, D] after the final norm, for packed rows.
+
+        Virtual tokens (the `prompt` collection), or keys and values (`prefix`), stand
+        before every document of a row, and shift its positions.
+        """
+        prompt_nD = self.get_variable("prompt", "tokens")
+        prefix = {name: self.get_variable("prefix", name) for name in "kv"}
+        layer = self._per_layer()
+        if prefix["k"] is not None:
+            layer["prefix"] = prefix
+            n = prefix["k"].shape[1]
+            shared = self._shared(positions_BT, segments_BT, n, rotated=False)
+        else:
+            n = 0 if prompt_nD is None else len(prompt_nD)
+            shared = self._shared(positions_BT, segments_BT, n, rotated=True)
+        x = self.embed_tokens(tokens_BT)
+        if prompt_nD is not None:
+            before = jnp.broadcast_to(prompt_nD[None], (len(x), *prompt_nD.shape))
+            x = jnp.concatenate([before.astype(x.dtype), x], axis=1)
+        x, _ = self.layers(constrain_batch(x, self.mesh), layer, shared)
+        return self.norm(x if prompt_nD is None else x[:, n:])
+
+    def _shared(
+        self, positions_BT: Array, segments_BT: Array, n: int, *, rotated: bool
+    ) -> dict[str, Array]:
+        """What all layers share, of rows behind n virtual tokens.
+
+        Those that are not `rotated` are a prefix: no window is too short for them.
+        """
         s = self.spec
-        cos, sin = layers.rope_angles(s.rope, s.head_dim, positions_BT)
-        shared |= {"cos": cos, "sin": sin}
+        index = jnp.arange(positions_BT.shape[1])
+        distance = (index[:, None] - index[None, :])[None]
+        places = positions_BT
+        if n:
+            ahead = jnp.broadcast_to(jnp.arange(n)[None], (len(positions_BT), n))
+            places = jnp.concatenate([ahead, positions_BT + n], axis=1)
+            segments_BT = jnp.pad(segments_BT, ((0, 0), (n, 0)))
+            distance = places[:, :, None] - places[:, None, :]
+            if not rotated:
+                distance = distance.at[:, :, :n].set(0)
+                places = places[:, n:]
+        cos, sin = layers.rope_angles(s.rope, s.head_dim, places)
+        mask = layers.packed_mask(segments_BT, n)
+        return {"mask": mask, "distance": distance, "cos": cos, "sin": sin}
+
+    def _per_layer(self) -> dict[str, Any]:
+        """What differs from layer to layer."""
+        s = self.spec
         layer: dict[str, Any] = {}
         if any(s.windows):
             far = jnp.iinfo(jnp.int32).max
             layer["window"] = jnp.asarray([w or far for w in s.windows], jnp.int32)
         if not all(s.rope_layers):
             layer["rope"] = jnp.asarray(s.rope_layers)
-        x = constrain_batch(self.embed_tokens(tokens_BT), self.mesh)
-        x, _ = self.layers(x, layer, shared)
-        return self.norm(x)
+        return layer
 
     def head(self) -> Array:
         """The output matrix [D, V]; the embedding's transpose where they are tied."""
@@ -220,7 +260,7 @@ def hidden_and_head(
 
     Args:
       variables: the policy: 'params', 'quant' where some of them are quantized, and
-        'lora' or 'adapters'; the base without these.
+        'lora', 'ia3', 'adapters', 'prompt' or 'prefix'; the base without these.
       batch: `tokens`, `positions` and `segments`, int32 [B, T].
       key: draws the dropout; None in evaluation.
     """

@@ -99,14 +99,17 @@ def _swiglu_backward(saved: Any, dy: Array) -> tuple[Array, Array]:
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def packed_mask(segments_BT: Array) -> Array:
+def packed_mask(segments_BT: Array, virtual: int = 0) -> Array:
     """Who may look at whom in packed rows: bool [B, T, T].
 
-    Backwards only, and only inside one document (`segments` equal).
+    Backwards only, and only inside one document (`segments` equal). The first `virtual`
+    columns are no tokens of the row: every document begins with them.
     """
     length = segments_BT.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    if virtual:
+        same |= (jnp.arange(length) < virtual)[None, None, :]
     return same & causal[None, :, :]
 
 
@@ -128,6 +131,27 @@ def causal_attention(
     """
     q, k, v = _by_head(q_BTNH, k_BTKH.shape[2]), _by_head(k_BTKH), _by_head(v_BTKH)
     return _by_token(_causal(q, k, v, mask_BTT), q_BTNH.shape)
+
+
+def prefixed_attention(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, mask_BSS: Array, prefix: Any
+) -> Array:
+    """`causal_attention` of rows that begin with keys and values 'k' and 'v' [n, K, H].
+
+    S is n + T. The prefix gets queries too, whose results are dropped: so the blocks
+    and their gradients stay those of a row without one.
+    """
+    rows, _, heads, dim = q_BTNH.shape
+    before = {
+        name: jnp.broadcast_to(x.astype(q_BTNH.dtype)[None], (rows, *x.shape))
+        for name, x in prefix.items()
+    }
+    n = prefix["k"].shape[0]
+    nobody = jnp.zeros((rows, n, heads, dim), q_BTNH.dtype)
+    q = jnp.concatenate([nobody, q_BTNH], axis=1)
+    k = jnp.concatenate([before["k"], k_BTKH], axis=1)
+    v = jnp.concatenate([before["v"], v_BTKH], axis=1)
+    return causal_attention(q, k, v, mask_BSS)[:, n:]
 
 
 def cached_attention(

@@ -19,6 +19,7 @@ from ftjax.weights import Array, Delta, Stack
 Path = tuple[str, ...]
 
 HEAD = ("lm_head",)
+INPUTS, OUTPUTS = "inputs", "outputs"  # the sides of a projection
 FOLD = 64  # tokens from which one product with the updated weight is the quicker way
 
 
@@ -27,6 +28,8 @@ class Proj(nn.Module):
 
     Reads `quant/.../w` where that collection has a `QTensor`, else `params/.../w`, and
     adds `lora/.../w` where that collection has a `Delta`, or a `Stack` of them.
+    Multiplies its inputs or its outputs by `ia3/.../inputs` or `ia3/.../outputs`,
+    where there is such a vector.
 
     Attributes:
       eqn: such as 'BTD,DNH->BTNH'; w names its inputs first, then its outputs.
@@ -55,6 +58,7 @@ class Proj(nn.Module):
             self.b = self.param("b", zeros, self.shape[inputs:])
 
     def __call__(self, x: Array) -> Array:
+        x = self._scaled(x, INPUTS)
         delta: Delta | Stack | None = self.get_variable("lora", "w")
         drops = delta is not None and delta.dropout > 0 and self.has_rng("dropout")
         tokens = x.size // math.prod(self.shape[: site_inputs(self.eqn)])
@@ -69,7 +73,15 @@ class Proj(nn.Module):
         if self.bias:
             b = self.b.astype(x.dtype)
             y = y + jnp.expand_dims(b, tuple(range(y.ndim - b.ndim)))
-        return keep(y)
+        return self._scaled(keep(y), OUTPUTS)
+
+    def _scaled(self, x: Array, side: str) -> Array:
+        """x times the vector of a side, in float32: bfloat16 rounds 1.001 to 1."""
+        factor = self.get_variable("ia3", side)
+        if factor is None:
+            return x
+        factor = jnp.expand_dims(factor, tuple(range(x.ndim - factor.ndim)))
+        return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def site_inputs(eqn: str) -> int:

@@ -130,6 +130,13 @@ def test_every_dtype_of_the_format_has_a_size(tmp_path: Path) -> None:
 # --- the index
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152])
+def test_a_length_that_looks_like_a_pickle(tmp_path: Path, length: int) -> None:
+    text = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'.ljust(length)
+    (tmp_path / SINGLE).write_bytes(struct.pack("<Q", length) + text + b"\1")
+    assert read_header(tmp_path / SINGLE)["a"].shape == (1,)
+
+
 def test_a_missing_shard(folder: Path) -> None:
     shard(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()

@@ -124,7 +124,7 @@ def golden() -> None:
         base = write_base(Path(temp) / "base")
         for name, settings in THEIRS.items():
             config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
-            model = peft.get_peft_model(_transformers(base), config)
+            model = peft.get_peft_model(transformers_model(base), config)
             fill_in_place(model)
             folder = Path(temp) / name
             model.save_pretrained(folder)
@@ -132,7 +132,7 @@ def golden() -> None:
                 shapes = {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118
             written = json.loads((folder / "adapter_config.json").read_text())
             written["base_model_name_or_path"] = "base"
-            logits = _logits(model).round(6).tolist()
+            logits = torch_logits(model).round(6).tolist()
             cases[name] = {"config": written, "tensors": shapes, "logits": logits}
     made = f"torch {torch.__version__}, transformers {transformers.__version__}"
     text = {"made_with": f"{made}, peft {peft.__version__}", "cases": cases}
@@ -228,14 +228,16 @@ def theirs(folder: Path) -> None:
     worst = 0.0
     for name in (*OURS, *SUMS):
         wanted = np.load(folder / name / "logits.npy")
-        plain = _logits(_transformers(folder / "base"))
+        plain = torch_logits(transformers_model(folder / "base"))
         model = peft.PeftModel.from_pretrained(
-            _transformers(folder / "base"), folder / name / "peft"
+            transformers_model(folder / "base"), folder / name / "peft"
         )
         b = [w.abs().max().item() for n, w in model.named_parameters() if "lora_B" in n]
         assert b and min(b) > 0, f"{name}: a lora_B is zero"
-        adapter = np.abs(_logits(model) - wanted).max()
-        merged = np.abs(_logits(_transformers(folder / name / "merged")) - wanted).max()
+        adapter = np.abs(torch_logits(model) - wanted).max()
+        merged = np.abs(
+            torch_logits(transformers_model(folder / name / "merged")) - wanted
+        ).max()
         moved = np.abs(plain - wanted).max()
         print(
             f"{name}: {len(b)} modules, least max |B| {min(b):.3f}; max |logit "
@@ -245,7 +247,9 @@ def theirs(folder: Path) -> None:
         worst = max(worst, adapter, merged)
         assert moved > 0.1
         if name in SUMS:
-            summed = np.abs(_logits(_concatenated(folder, SUMS[name])) - wanted).max()
+            summed = np.abs(
+                torch_logits(_concatenated(folder, SUMS[name])) - wanted
+            ).max()
             print(f"{name}: max |logit difference| from peft's own sum {summed:.1e}")
             worst = max(worst, summed)
     assert worst < TOLERANCE, worst
@@ -258,7 +262,7 @@ def _concatenated(folder: Path, mix: dict[str, float]) -> Any:
 
     names = list(mix)
     model = peft.PeftModel.from_pretrained(
-        _transformers(folder / "base"), folder / names[0] / "peft", names[0]
+        transformers_model(folder / "base"), folder / names[0] / "peft", names[0]
     )
     for name in names[1:]:
         model.load_adapter(folder / name / "peft", name)
@@ -267,7 +271,7 @@ def _concatenated(folder: Path, mix: dict[str, float]) -> Any:
     return model
 
 
-def _transformers(folder: Path) -> Any:
+def transformers_model(folder: Path) -> Any:
     import torch
     import transformers
 
@@ -277,7 +281,7 @@ def _transformers(folder: Path) -> Any:
     return model.eval()
 
 
-def _logits(model: Any) -> np.ndarray:
+def torch_logits(model: Any) -> np.ndarray:
     import torch
 
     with torch.no_grad():

@@ -1,0 +1,48 @@
+"""Reads the folder of a run: its saved JSON, and which step of it to use."""
+
+from pathlib import Path
+from typing import Any
+
+from ftjax.checkpoints.state import Checkpoints
+from ftjax.errors import UserError
+from ftjax.workdir import read_json
+
+CONFIG = "config.json"
+
+
+def read_run_config(workdir: str) -> dict[str, Any]:
+    """The configuration that a run was started with, from its `config.json`.
+
+    Raises:
+      UserError: if this is no run directory.
+    """
+    folder = Path(workdir).expanduser()
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if not {"model", "method", "data"} <= config.keys():
+        is_model = "model_type" in config
+        raise UserError(
+            "this is not the folder of a run",
+            where=folder,
+            expected="config.json and checkpoints/, as ftjax.train leaves them",
+            got=None if folder.is_dir() else "no such folder",
+            fix=f"pass it as --model={workdir}" if is_model else None,
+        )
+    return config
+
+
+def choose_step(saved: Checkpoints, weights: str) -> tuple[int, str]:
+    best = saved.best() if weights != "last" else None
+    if best is not None:
+        return best, "best by eval loss"
+    last = saved.latest() if weights != "best" else None
+    if last is not None:
+        return last, "last"
+    raise UserError(
+        "the run has no checkpoint to use"
+        if weights != "best"
+        else "the run has kept no best checkpoint",
+        where=saved.dir,
+        fix="let it train until its first save"
+        if weights != "best"
+        else "--weights=last, or train with data.eval and train.keep_best=1",
+    )

@@ -1,0 +1,106 @@
+"""(IA)^3, prompts and prefixes in PEFT's files: peft's own numbers, and ours again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from configs.common import method_config
+from ftjax.checkpoints.hf import load_params, open_weights
+from ftjax.checkpoints.peft_others import load_any, save_any
+from ftjax.errors import UserError
+from ftjax.methods.method import plan_method
+from ftjax.models.decoder import Decoder
+from ftjax.models.proj import find_sites
+from ftjax.models.registry import spec_from_config
+from tests.goldens import check_peft
+from tests.goldens.check_peft_others import OURS, OUT, moved
+from tests.goldens.weights import write_random
+
+GOLDEN = json.loads(OUT.read_text())["cases"]
+SPEC = spec_from_config(check_peft.BASE, "config.json")
+SITES = find_sites(Decoder(SPEC))
+
+
+def write_golden(folder: Path, name: str) -> Path:
+    """The adapter that peft wrote."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(GOLDEN[name]["config"]))
+    write_random(folder / "adapter_model.safetensors", GOLDEN[name]["tensors"])
+    return folder
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_logits_and_gradients_are_those_of_peft(name: str, tmp_path: Path) -> None:
+    base = check_peft.write_base(tmp_path / "base")
+    params = load_params(open_weights(base, SPEC), dtype="float32")
+    adapter = load_any(write_golden(tmp_path / "adapter", name), SITES, SPEC)
+    tokens = jnp.asarray([check_peft.IDS], jnp.int32)
+    rows = (tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
+
+    def loss(tree: Any) -> Any:
+        variables = {"params": params, adapter.kind: tree}
+        logits = Decoder(SPEC).apply(variables, *rows, method="logits")[0]
+        logp = jax.nn.log_softmax(logits[:-1])
+        return -jnp.mean(logp[jnp.arange(len(logp)), tokens[0, 1:]]), logits
+
+    tree = jax.tree.map(jnp.asarray, adapter.tree)
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(tree)
+    wanted = np.array(GOLDEN[name]["logits"], np.float32)
+    np.testing.assert_allclose(np.asarray(logits), wanted, atol=1e-4)
+    save_any(tmp_path / "out", {adapter.kind: gradient}, None, SITES, "base", None)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found.keys() == GOLDEN[name]["gradient"].keys()
+    for key, values in GOLDEN[name]["gradient"].items():
+        np.testing.assert_allclose(found[key], values, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    config = method_config(OURS[name]["name"])
+    config.update(OURS[name])
+    base = {"params": {"embed_tokens": {"embedding": jnp.ones((32, 32))}}}
+    trained = moved(plan_method(Decoder(SPEC), config).start(base, 0)[0])
+    save_any(tmp_path, trained, None, SITES, "org/base", "f" * 64)
+    back = load_any(tmp_path, SITES, SPEC)
+    assert (back.base_name, back.base_hash) == ("org/base", "f" * 64)
+    jax.tree.map(np.testing.assert_array_equal, back.tree, trained[back.kind])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "part"),
+    [
+        ("ia3", {"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ("ia3", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ("ia3", {"target_modules": ["k_proj"]}, "no place for"),
+        ("ia3", {"feedforward_modules": ["k_proj"]}, "does not fit this model"),
+        ("ia3", {"feedforward_modules": None}, "feedforward_modules"),
+        ("prefix", {"prefix_projection": True}, "prefix_projection"),
+        ("prompt", {"num_virtual_tokens": 6}, "[6, 32]"),
+    ],
+)
+def test_what_means_something_else_is_refused(
+    name: str, change: dict[str, Any], part: str, tmp_path: Path
+) -> None:
+    folder = write_golden(tmp_path, name)
+    config = GOLDEN[name]["config"] | change
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as error:
+        load_any(folder, SITES, SPEC)
+    assert part in error.value.screen()
+
+
+def test_a_missing_vector_is_refused(tmp_path: Path) -> None:
+    folder = write_golden(tmp_path, "ia3")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.self_attn.k_proj.ia3_l"
+    tensors.pop(key)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError) as error:
+        load_any(folder, SITES, SPEC)
+    assert key in error.value.screen()
