@@ -15,6 +15,7 @@ import numpy as np
 
 from ftjax.checkpoints.hf_save import Host
 from ftjax.console import say
+from ftjax.errors import UserError
 from ftjax.evals.change import change
 from ftjax.evaluate import read_batches
 from ftjax.loading import Policy, load_base, open_base
@@ -29,7 +30,20 @@ from ftjax.sharding import batch_sharding, make_mesh
 
 
 def merged_params(policy: Policy) -> Any:
-    """The weights that a policy computes with, dense, in one tree."""
+    """The weights that a policy computes with, dense, in one tree.
+
+    Raises:
+      UserError: it has learned something that is no weight.
+    """
+    others = policy.variables.keys() - {"params", "quant", "lora", "ia3"}
+    if others:
+        raise UserError(
+            "what was learned does not fit into the weights of the model",
+            where=policy.label,
+            expected="an update of weights: lora, ia3, or weights themselves",
+            got=", ".join(sorted(others)),
+            fix="use it as it is, with --workdir or --adapter",
+        )
     params = policy.variables["params"]
     if "quant" in policy.variables:
         params = jax.jit(dequantize)(params, policy.variables["quant"])

@@ -70,6 +70,28 @@ def test_an_adapter(run: Path, tiny_llama: Path, tmp_path: Path, call: Any) -> N
     }
 
 
+@pytest.mark.parametrize("method", ["ia3", "prompt", "prefix"])
+def test_other_adapters(
+    method: str, tiny_llama: Path, tmp_path: Path, call: Any
+) -> None:
+    run = make_run(tmp_path / "run", tiny_llama, method=method)
+    out, merged = tmp_path / "adapter", tmp_path / "merged"
+    call(f"--workdir={run}", "--to=peft", f"--out={out}")
+    wanted = logits(workdir=str(run))
+    again = logits(model=str(tiny_llama), adapter=str(out))
+    np.testing.assert_array_equal(again, wanted)
+    assert np.abs(logits(model=str(tiny_llama)) - wanted).max() > 0.05
+    flags = ("--to=merged", "--dtype=float32", f"--out={merged}")
+    if method == "ia3":
+        call(f"--workdir={run}", *flags)
+        np.testing.assert_allclose(logits(model=str(merged)), wanted, atol=2e-5)
+        return
+    screen = call(f"--workdir={run}", *flags, code=2)["screen"]
+    assert f"method={method}" in screen and "--to=peft" in screen
+    sources = (f"--model={tiny_llama}", f"--adapter={out}")
+    assert "does not fit into the weights" in call(*sources, *flags, code=2)["screen"]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_merged_model(tied: bool, tmp_path: Path, call: Any) -> None:
     base = make_tiny_checkpoint(

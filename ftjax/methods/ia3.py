@@ -43,8 +43,8 @@ def plan_ia3(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
     Args:
       model: of any family.
       sites: its projections.
-      config: `targets` and `feedforward`, regexes as LoRA's targets; the second says
-        which of the first have their inputs multiplied.
+      config: `targets` ('all-linear', or regexes as LoRA's) and `feedforward`, regexes:
+        which of the targets have their inputs multiplied.
 
     Raises:
       UserError: a pattern matches nothing, or some layers of a stack only.
@@ -83,6 +83,8 @@ def factors(
     body = {path: site for path, site in sites.items() if path != HEAD}
     names = [name for site in body.values() for name in site_names(site)]
     regexes = patterns(targets, "config.method.targets")
+    if targets == "all-linear":
+        regexes = [r".*"]
     inner = split_list(feedforward)
     each_matches(regexes, names, "config.method.targets")
     each_matches(inner, names, "config.method.feedforward")

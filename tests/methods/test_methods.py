@@ -108,7 +108,9 @@ def test_it_learns_and_generates_what_it_learned(kind: str) -> None:
     np.testing.assert_allclose(last, whole, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["freeze-last", "houlsby", "lora-norms"])
+@pytest.mark.parametrize(
+    "kind", ["freeze-last", "houlsby", "lora-norms", "ia3", "prompt", "prefix"]
+)
 def test_four_devices_give_the_numbers_of_one(kind: str) -> None:
     _, one, _ = trained_for(kind)
     model, params = small_model()

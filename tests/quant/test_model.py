@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.common import method_config
 from ftjax.losses.causal_lm import Sums
+from ftjax.methods.method import plan_method
 from ftjax.methods.quant import (
     abstract_quant,
     dequantize,
@@ -26,7 +28,7 @@ from ftjax.quant.qtensor import quantize
 from ftjax.rollout import Generator
 from ftjax.sharding import make_mesh, shard_tree
 from ftjax.train import make_loss
-from tests.models_small import SPEC, small_batch, small_lora, small_model
+from tests.models_small import SPEC, moved, small_batch, small_lora, small_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"format": "nf4", "group": 32},
@@ -249,3 +251,33 @@ def test_a_policy_says_which_weights_are_quantized() -> None:
     }
     assert ("lm_head",) in plan_quant(sites, quant_config(targets="lm_head"))
     assert plan_quant(sites, quant_config(format="none")) == {}
+
+
+@pytest.mark.parametrize("name", ["ia3", "prompt", "prefix"])
+def test_other_methods_train_and_generate_beside_codes(name: str) -> None:
+    """Gradients are those of the dense weights, and so is the cache's answer."""
+    model, params = small_model()
+    base = quantized(model, params, group=32)
+    dense = {"params": dequantize(base["params"], base["quant"])}
+    method = plan_method(model, method_config(name))
+    trained = jax.tree.map(moved, method.start(base, 0)[0])
+
+    def grads(frozen: Any) -> Any:
+        loss, key = make_loss(model, 8), jax.random.key(0)
+        return jax.jit(
+            jax.grad(lambda t: loss({**frozen, **t}, small_batch(), key).loss)
+        )(trained)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        grads(base),
+        grads(dense),
+    )
+    variables = {**base, **trained}
+    tokens, zero = jnp.asarray([[5, 6, 7, 8]]), jnp.zeros((), jnp.int32)
+    row = (tokens, jnp.arange(4)[None], jnp.ones_like(tokens))
+    weights = split_layers(variables, jnp.float32)
+    cache = init_cache(SPEC, 1, 8, jnp.float32, weights)
+    last, _ = cached_logits(SPEC, weights, tokens, zero, jnp.zeros(1, jnp.int32), cache)
+    whole = model.apply(variables, *row, method="logits")[:, -1]
+    np.testing.assert_allclose(last, whole, atol=2e-5)
