@@ -203,6 +203,9 @@ def write_adapter(out: Path, policy: Policy) -> None:
             "targets": ", ".join(path[-1] for path in plan.sites),
             "trained parameters": count(sum(at.count for at in plan.sites.values())),
         }
+        if "quant" in policy.variables:
+            # LoftQ's update holds the error of the codes: over floats it is no use.
+            facts["trained over"] = f"the base as {kinds(policy.variables['quant'])}"
         write_rest(folder, policy, facts, "peft")
 
     write_folder(out, fill)
