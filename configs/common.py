@@ -48,9 +48,7 @@ def base_config(arg: ConfigDict) -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.train = ""  # a .jsonl(.gz), .json, .parquet or .txt file, pydoc:..., a name
-    c.data.eval = (
-        "auto"  # the same; empty: none; auto: pydoc's for pydoc, else none
-    )
+    c.data.eval = "auto"  # the same; empty: none; auto: pydoc's for pydoc, else none
     c.data.split = "train"  # of a `datasets` name
     c.data.max_length = 0  # tokens per row; 0: 1024, or the model's positions if fewer
     c.data.overlong = "truncate"  # truncate (keeps the start), drop, error
@@ -117,7 +115,7 @@ def method_config(name: str) -> ConfigDict:
         method.rank_pattern = ""  # regex=rank,...: the first that matches wins
         method.alpha_pattern = ""
         method.use_rslora = False  # scale alpha / sqrt(rank)
-        method.init = "kaiming"  # kaiming, gaussian
+        method.init = "kaiming"  # kaiming, gaussian; loftq: of a quantized base
     if name == "freeze":
         method.layers = 1  # the last ones; 0: none
         method.pattern = ""  # regexes of other weights: lm_head,.*norm

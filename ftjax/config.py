@@ -50,7 +50,7 @@ RULES: dict[str, Range] = {
     "method.alpha": POSITIVE,
     "method.dropout": SHARE,
     "method.targets": NOT_EMPTY,
-    "method.init": one_of("kaiming", "gaussian"),
+    "method.init": one_of("kaiming", "gaussian", "loftq"),
     "method.layers": AT_LEAST_0,
     "method.kind": one_of("houlsby", "pfeiffer"),
     "method.size": AT_LEAST_1,
@@ -131,6 +131,14 @@ def _contradictions(config: Any) -> None:
             where="config.method.name, config.quant.format",
             expected="method=qlora, or quant.format=none",
             got=f"method=full, format={config.quant.format}",
+        )
+    if not quantized and config.method.get("init") == "loftq":
+        raise UserError(
+            "LoftQ begins with the error of a quantization, and there is none",
+            where="config.method.init, config.quant.format",
+            expected="method=qlora, or quant.format=nf4, fp4, int8 or int4",
+            got="quant.format=none",
+            fix="--config.method.init=kaiming leaves the base as it is",
         )
     if quantized and config.model.from_scratch:
         raise UserError(

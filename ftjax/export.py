@@ -214,7 +214,11 @@ def write_adapter(out: Path, policy: Policy) -> None:
     def fill(folder: Path) -> None:
         sites = find_sites(policy.model)
         save_any(folder, variables, plan, sites, public_name(base), _hash(base))
-        write_rest(folder, policy, _adapter_facts(kind, tree, plan), "peft")
+        facts = _adapter_facts(kind, tree, plan)
+        if "quant" in variables:
+            # LoftQ's update holds the error of the codes: over floats it is no use.
+            facts["trained over"] = f"the base as {kinds(variables['quant'])}"
+        write_rest(folder, policy, facts, "peft")
 
     write_folder(out, fill)
 

@@ -10,20 +10,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from ftjax.checkpoints.hf import read_matrix
 from ftjax.config import check_devices, data_settings, total_steps, validate
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
 from ftjax.errors import UserError
 from ftjax.loading import Base, load_base, open_base, start
+from ftjax.methods.loftq import fit_errors, require_codes
+from ftjax.methods.lora import plan_lora
 from ftjax.methods.method import plan_method
 from ftjax.methods.parts import Method, Row
 from ftjax.methods.quant import Plan, plan_quant, stored_plan
 from ftjax.methods.virtual import begin_with, virtual_count
 from ftjax.models.decoder import Decoder
+from ftjax.models.names import model_weights
 from ftjax.models.proj import (
     HEAD,
+    Path,
     abstract_params,
     find_sites,
     init_params,
@@ -157,6 +163,10 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
         stored = base.weights.formats
         formats = stored_plan(stored, formats, base.name, method.whole)
     refuse_quantized(method, formats)
+    if begins_as_error(config):
+        plan = plan_lora(find_sites(model), config.method)
+        codes = base.weights is not None and bool(base.weights.formats)
+        require_codes(plan, formats, codes)
     return Shape(model, method, formats, dtype, param_dtype)
 
 
@@ -196,7 +206,33 @@ def load_variables(
     else:
         dtype = jnp.dtype(jnp.float32) if shape.method.whole else shape.param_dtype
         loaded = load_base(base, dtype, mesh, formats=shape.formats)
-    return start(shape.method, loaded, config.seed, mesh)
+    trained, frozen = start(shape.method, loaded, config.seed, mesh)
+    if begins_as_error(config):
+        trained = fit_trained(trained, frozen["quant"], config, base, shape, mesh)
+    return trained, frozen
+
+
+def begins_as_error(config: Any) -> bool:
+    """Whether the update begins as the error of quantization (LoftQ)."""
+    return config.method.get("init") == "loftq"
+
+
+def fit_trained(
+    trained: PyTree, quant: PyTree, config: Any, base: Base, shape: Shape, mesh: Mesh
+) -> PyTree:
+    """The trained part with LoftQ's start; reads the base's weights once more."""
+    plan = plan_lora(find_sites(shape.model), config.method)
+    weights, named = base.weights, model_weights(base.spec)
+    if weights is None:
+        raise ValueError(f"{base.name} was opened without weights")
+
+    def read(path: Path, layer: int) -> np.ndarray:
+        return read_matrix(weights, named[*path, "w"], layer, lambda _: None)
+
+    lora = fit_errors(trained["lora"], plan, quant, read)
+    part = shape.method.parts["lora"]
+    place = shard_tree(part.shapes, part.axes, mesh)
+    return {**trained, "lora": jax.device_put(lora, place)}
 
 
 def random_params(model: Decoder, seed: int, mesh: Mesh) -> PyTree:

@@ -18,7 +18,7 @@ from ftjax.methods.streams import stream
 from ftjax.models.proj import HEAD, Path, Site, put, site_names
 from ftjax.weights import Delta
 
-INITS = ("kaiming", "gaussian")
+INITS = ("kaiming", "gaussian", "loftq")
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,9 @@ def init_lora(plan: LoraPlan, seed: int, init: str = "kaiming") -> Any:
     """The collection at the start: `b` is zero, so the model begins as the base.
 
     `a` is U(-1/sqrt(inputs), 1/sqrt(inputs)) (PEFT's kaiming_uniform(sqrt 5)) or, for
-    'gaussian', N(0, 1/rank^2). Each layer and site draws from its own stream, so that a
-    site's start does not depend on which others are trained.
+    'gaussian', N(0, 1/rank^2); 'loftq' (see `loftq`) begins here too. Each layer and
+    site draws from its own stream, so that a site's start does not depend on which
+    others are trained.
     """
     tree: dict[str, Any] = {}
     for path, plan_at in plan.sites.items():
