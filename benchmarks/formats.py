@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.integrals import expected_error
 from ftjax.data.dataset import build_dataset
 from ftjax.data.loader import Loader, row_length
+from ftjax.data.sources import read_rows
 from ftjax.evals.causal import evaluate, make_sum_batch
 from ftjax.loading import load_base, open_base
 from ftjax.methods.quant import plan_quant
@@ -120,7 +121,7 @@ class Corpus:
     Args:
       model: as `config.model.path` names it.
       data: as `config.data.eval` names it.
-      rows: at most so many, spread evenly; 0: all.
+      rows: at most so many, spread evenly; 0: all. `size` says how many there are.
     """
 
     def __init__(self, model: str, data: str, rows: int):
@@ -138,6 +139,8 @@ class Corpus:
         dataset = build_dataset(
             data, self.base.tokenizer, rules, vocab_size=spec.vocab_size, split="eval"
         )
+        everything = sum(1 for _ in read_rows(data, split="eval"))
+        self.size = {"texts": dataset.report.kept, "of": everything}
         length = row_length(dataset, max_length=rules.max_length, packing=True)
         self.loader = Loader(
             dataset, length=length, packing=True, seed=0, shuffle=False

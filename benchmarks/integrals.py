@@ -62,31 +62,24 @@ def _affine(fmt: Format, size: int) -> np.ndarray:
     log = np.log(_phi(low)) + np.log(_phi(high)) + (size - 2) * np.log(inside)
     density = np.exp(log - log.max())
     keep = density > NEGLIGIBLE
-    low, high, inside, density = (x[keep] for x in (low, high, inside, density))
-    most = 2**fmt.bits - 1
-    step = (high - low) / most
-    zero = np.clip(np.round(-low / step), 0, most)
+    low, high = low[keep], high[keep]
     parts = [
-        _affine_block(*block, most, size)
-        for block in zip(
-            *(_pieces(x) for x in (low, high, inside, step, zero)), strict=True
+        _affine_blocks(
+            low[i : i + AT_ONCE], high[i : i + AT_ONCE], 2**fmt.bits - 1, size
         )
+        for i in range(0, low.size, AT_ONCE)
     ]
-    return _mean(np.concatenate(parts, axis=1), density)
+    return _mean(np.concatenate(parts, axis=1), density[keep])
 
 
-def _affine_block(
-    low: np.ndarray,
-    high: np.ndarray,
-    inside: np.ndarray,
-    step: np.ndarray,
-    zero: np.ndarray,
-    most: int,
-    size: int,
+def _affine_blocks(
+    low: np.ndarray, high: np.ndarray, most: int, size: int
 ) -> np.ndarray:
     """[mae, mse] of blocks with these extremes: [2, blocks]."""
+    step = (high - low) / most
+    zero = np.clip(np.round(-low / step), 0, most)
     values = (np.arange(most + 1) - zero[:, None]) * step[:, None]
-    others = _errors(values, low, high) / inside
+    others = _errors(values, low, high) / (ndtr(high) - ndtr(low))
     ends = sum(
         np.abs(x - (np.clip(np.round(x / step) + zero, 0, most) - zero) * step)
         ** np.array([[1], [2]])
@@ -140,7 +133,3 @@ def _phi(x: np.ndarray) -> np.ndarray:
 def _mean(values: np.ndarray, density: np.ndarray) -> np.ndarray:
     """Over equally spaced points, so the spacing cancels."""
     return (values * density).sum(1) / density.sum()
-
-
-def _pieces(x: np.ndarray) -> list[np.ndarray]:
-    return [x[i : i + AT_ONCE] for i in range(0, x.size, AT_ONCE)]

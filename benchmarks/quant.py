@@ -48,7 +48,7 @@ Line = dict[str, Any]
 def main(args: flags.FlagValues) -> dict[str, Any]:
     parts = chosen(args, "parts", list(PARTS))
     for flag in ("steps", "size", "repeats"):
-        if args[flag].value < 1:
+        if getattr(args, flag) < 1:
             raise UserError("nothing to measure", where=f"--{flag}", expected=">= 1")
     found: list[Line] = []
     if "error" in parts or "speed" in parts:
@@ -91,7 +91,7 @@ def perplexity(rows: int) -> list[Line]:
             continue
         corpus = Corpus(model, data, rows)
         for form in ("none", *FORMATS):
-            line: Line = {"corpus": name, "format": form}
+            line: Line = {"corpus": name, "format": form, **corpus.size}
             try:
                 line |= _rounded(corpus.perplexity(form))
             except UserError as error:

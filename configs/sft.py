@@ -18,5 +18,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c.task = "sft"
     c.data.train = "pydoc:instructions[train]"
     c.data.eval = "pydoc:instructions[eval]"
-    c.optim.lr = 2e-4 if chosen.method == "lora" else 2e-5
+    c.optim.lr = 2e-5 if chosen.method == "full" else 2e-4
     return c
