@@ -22,9 +22,12 @@ def build(request: Request) -> tuple[Step, dict[str, str]]:
     return make(request), versions
 
 
-def _load(request: Request, mesh: Any) -> tuple[Any, Any]:
+def _load(request: Request, mesh: Any, quant: Any = None) -> tuple[Any, Any]:
     from ftjax.checkpoints.hf import open_weights, read_config
     from ftjax.loading import Base, load_base
+    from ftjax.methods.quant import plan_quant
+    from ftjax.models.decoder import Decoder
+    from ftjax.models.proj import find_sites
     from ftjax.models.registry import spec_from_config
 
     folder = Path(request.checkpoint)
@@ -33,7 +36,8 @@ def _load(request: Request, mesh: Any) -> tuple[Any, Any]:
     weights = open_weights(folder, spec)
     tokenizer: Any = None  # the rows are token ids already
     base = Base(folder, folder.name, config, spec, tokenizer, (), weights)
-    return spec, load_base(base, np.float32, mesh)
+    formats = plan_quant(find_sites(Decoder(spec)), quant) if quant else {}
+    return spec, load_base(base, np.float32, mesh, formats=formats)
 
 
 def _train(request: Request) -> Step:
@@ -52,9 +56,9 @@ def _train(request: Request) -> Step:
     config.optim.schedule, config.optim.warmup = "constant", 0
     config.optim.clip_norm = 0.0  # nobody clips here
     mesh = make_mesh()
-    spec, base = _load(request, mesh)
+    spec, base = _load(request, mesh, config.quant)
     model = Decoder(spec, dtype=np.float32, remat=config.model.remat, mesh=mesh)
-    if request.task == "lora":
+    if config.method.name == "lora":
         config.method.rank, config.method.alpha = request.rank, request.alpha
     trained, frozen = plan_method(model, config.method).start(base, config.seed)
     del base

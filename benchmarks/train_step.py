@@ -1,8 +1,8 @@
 """Speed and memory of a training step and of generation, beside peers.
 
-    python -m benchmarks.train_step [--shapes=S,M,L] [--methods=full,lora,generate]
-        [--impl=ftjax,transformers,tunix] [--steps=5]
-        [--python-torch=PATH] [--python-tunix=PATH]
+    python -m benchmarks.train_step [--shapes=S,M,L]
+        [--methods=full,lora,qlora,generate] [--impl=ftjax,transformers,tunix]
+        [--steps=5] [--python-torch=PATH] [--python-tunix=PATH]
 
 Prints one JSON line per row, then the ratios. Each row has a process of its own, so
 that memory and compile time are its own; the processes of one task take turns, step by
@@ -24,7 +24,12 @@ from ftjax import cli
 from ftjax.console import say, table
 from ftjax.errors import UserError
 
-TASKS = {"full": "sft full", "lora": "sft lora r16", "generate": "generate 8x128"}
+TASKS = {
+    "full": "sft full",
+    "lora": "sft lora r16",
+    "qlora": "sft qlora r16",
+    "generate": "generate 8x128",
+}
 MODULES = {
     "ftjax": "benchmarks.ours",
     "transformers": "benchmarks.peers.torch_peer",
@@ -36,23 +41,19 @@ PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 8, 32, 128
 def main(args: flags.FlagValues) -> dict[str, Any]:
     from benchmarks.shapes import SHAPES, write_checkpoint
 
-    shapes = _chosen(args, "shapes", list(SHAPES))
-    tasks = _chosen(args, "methods", list(TASKS))
-    names = _chosen(args, "impl", list(MODULES))
+    shapes = chosen(args, "shapes", list(SHAPES))
+    tasks = chosen(args, "methods", list(TASKS))
+    names = chosen(args, "impl", list(MODULES))
     if args.steps < 1:
         raise UserError("there is nothing to measure", where="--steps", expected=">= 1")
-    pythons = {
-        "ftjax": sys.executable,
-        "transformers": args["python-torch"].value or sys.executable,
-        "tunix": args["python-tunix"].value or sys.executable,
-    }
+    pythons = interpreters(args)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="ftjax-benchmark-") as folder:
         for name in shapes:
             shape = SHAPES[name]
             write_checkpoint(Path(folder) / name, shape)
             for task in tasks:
-                request = _request(Path(folder) / name, shape, task)
+                request = make_request(Path(folder) / name, shape, task)
                 group = [Row(n, MODULES[n], pythons[n], request) for n in names]
                 for found in measure(group, args.steps):
                     rows.append({"shape": name, "task": TASKS[task]} | found)
@@ -64,8 +65,17 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     return {"ratios": ratios}
 
 
+def interpreters(args: flags.FlagValues) -> dict[str, str]:
+    """The Python of each implementation."""
+    return {
+        "ftjax": sys.executable,
+        "transformers": args["python-torch"].value or sys.executable,
+        "tunix": args["python-tunix"].value or sys.executable,
+    }
+
+
 def measure(group: list[Row], steps: int) -> list[dict[str, Any]]:
-    """The rows of one task: all are started, then they take turns."""
+    """Rows beside each other: all are started, then they take turns."""
     try:
         for row in group:
             row.start()
@@ -132,7 +142,8 @@ def _ratio_table(ratios: list[dict[str, Any]]) -> str:
     return table([list(ratio.values()) for ratio in ratios], headers)
 
 
-def _request(folder: Path, shape: Any, task: str) -> Request:
+def make_request(folder: Path, shape: Any, task: str) -> Request:
+    """What a row of this task is to run, of the checkpoint in `folder`."""
     generates = task == "generate"
     return Request(
         task=task,
@@ -148,17 +159,22 @@ def _request(folder: Path, shape: Any, task: str) -> Request:
     )
 
 
-def _chosen(args: flags.FlagValues, flag: str, known: list[str]) -> list[str]:
-    chosen = [str(name) for name in args[flag].value or ()]
-    wrong = [name for name in chosen if name not in known]
-    if wrong or not chosen:
+def chosen(args: flags.FlagValues, flag: str, known: list[str]) -> list[str]:
+    """The names in a list flag.
+
+    Raises:
+      UserError: for none, or one that is not `known`.
+    """
+    named = [str(name) for name in args[flag].value or ()]
+    wrong = [name for name in named if name not in known]
+    if wrong or not named:
         raise UserError(
             f"--{flag} names what is not measured",
             where=f"--{flag}",
             expected=", ".join(known),
             got=", ".join(wrong) or "nothing",
         )
-    return chosen
+    return named
 
 
 def define(args: flags.FlagValues) -> None:
@@ -168,6 +184,11 @@ def define(args: flags.FlagValues) -> None:
         ("impl", list(MODULES), "implementations; what is not installed says so"),
     ):
         flags.DEFINE_list(flag, values, text, flag_values=args)
+    define_peers(args)
+
+
+def define_peers(args: flags.FlagValues) -> None:
+    """How long to measure, and where the peers are installed."""
     flags.DEFINE_integer("steps", 5, "measured steps per row", flag_values=args)
     for peer, what in (("torch", "torch, transformers, peft"), ("tunix", "tunix")):
         text = f"a Python that has {what}; empty: this one"

@@ -17,5 +17,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c = base_config(chosen)
     c.task = "sft"
     c.data.train = "pydoc:instructions[train]"
-    c.optim.lr = 2e-4 if chosen.method == "lora" else 2e-5
+    c.optim.lr = 2e-5 if chosen.method in ("full", "freeze") else 2e-4
     return c

@@ -1,4 +1,7 @@
-"""transformers and PEFT on torch: eager, SDPA attention, fused AdamW, all cores."""
+"""transformers and PEFT on torch: eager, SDPA attention, fused AdamW, all cores.
+
+QLoRA is bitsandbytes' nf4 with double quantization, prepared as PEFT asks for.
+"""
 
 from typing import Any
 
@@ -10,25 +13,49 @@ def build(request: Request) -> tuple[Step, dict[str, str]]:
     import transformers
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if request.task == "lora":
+    if request.task in ("lora", "qlora"):
         import peft
 
         versions["peft"] = peft.__version__
+    if request.task == "qlora":
+        import bitsandbytes
+
+        versions["bitsandbytes"] = bitsandbytes.__version__
     torch.set_num_threads(request.threads)
     torch.manual_seed(0)
     transformers.LlamaForCausalLM  # noqa: B018  (imported lazily: it belongs to the baseline)
     note_baseline()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        request.checkpoint, dtype=torch.float32, attn_implementation="sdpa"
+        request.checkpoint,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        quantization_config=_nf4() if request.task == "qlora" else None,
     )
     make = _generate if request.task == "generate" else _train
     return make(request, model), versions
 
 
+def _nf4() -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+
 def _train(request: Request, model: Any) -> Step:
     import torch
 
-    if request.task == "lora":
+    if request.task == "qlora":
+        from peft import prepare_model_for_kbit_training
+
+        # Checkpointing is its default; off, as for everybody here.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if request.task in ("lora", "qlora"):
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(

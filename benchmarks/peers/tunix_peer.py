@@ -1,4 +1,8 @@
-"""google-tunix: its Llama, its trainer's jitted step, its sampler; LoRA by qwix."""
+"""google-tunix: its Llama, its trainer's jitted step, its sampler; LoRA by qwix.
+
+QLoRA is qwix's nf4: tiles of at most 64 inputs with a scale each; it has no double
+quantization.
+"""
 
 import json
 import os
@@ -56,10 +60,19 @@ def _train(request: Request, llama: Any, config: Any, mesh: Any) -> Step:
     from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
     from tunix.sft.utils import build_positions_from_mask, make_causal_attn_mask
 
-    if request.task == "lora":
-        provider = qwix.LoraProvider(
-            module_path=PROJECTIONS, rank=request.rank, alpha=request.alpha
-        )
+    if request.task in ("lora", "qlora"):
+        shape = {"rank": request.rank, "alpha": request.alpha}
+        provider = qwix.LoraProvider(module_path=PROJECTIONS, **shape)
+        if request.task == "qlora":
+            # A tile lies within the last of the inputs' axes: a head, for o_proj.
+            sizes = {".*o_proj": min(64, config.head_dim), PROJECTIONS: 64}
+            rules = [
+                qwix.LoraRule(
+                    module_path=path, weight_qtype="nf4", tile_size=size, **shape
+                )
+                for path, size in sizes.items()
+            ]
+            provider = qwix.LoraProvider(rules)
         with mesh:
             llama = qwix.apply_lora_to_model(llama, provider, **llama.get_model_input())
     optimizer = optax.adamw(request.learning_rate, weight_decay=0.0)
