@@ -41,9 +41,8 @@ def arguments(command: str, folder: Path) -> tuple[dict[str, str], list[str]]:
     own = folder / "rows.jsonl"
     own.write_text('{"prompt": "Two and two?", "completion": "Four."}\n' * 8)
     text = command.replace("runs/", f"{folder}/runs/")
-    text = text.replace("model=PATH", "model=base").replace(
-        "train=FILE", f"train={own}"
-    )
+    text = text.replace("model=PATH", "model=base").replace("eval=FILE", f"eval={own}")
+    text = text.replace("train=FILE", f"train={own}")
     words = shlex.split(text)
     env = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
