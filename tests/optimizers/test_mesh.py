@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ftjax.methods.split import split
 
 from ftjax.losses.causal_lm import Sums
 from ftjax.memory import estimate
 from ftjax.methods.lora import lora_axes
+from ftjax.methods.method import plan_method
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import params_axes
 from ftjax.optim import make_optimizer
@@ -21,7 +21,14 @@ from ftjax.prepare import Shape
 from ftjax.sharding import batch_sharding, make_mesh, put_batch, shard_tree
 from ftjax.step import init_state, make_train_step
 from ftjax.train import compile_step, on_mesh
-from tests.models_small import SPEC, optim_config, small_lora, small_model
+from tests.models_small import (
+    SPEC,
+    lora_config,
+    optim_config,
+    small_lora,
+    small_model,
+    split,
+)
 
 FLOAT = jnp.dtype(jnp.float32)
 
@@ -32,7 +39,8 @@ def encode_small_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adam8, "SMALLEST", 1024)
 
 
-def shape_of(model: Decoder, plan: Any = None) -> Shape:
+def shape_of(model: Decoder, method: str = "full") -> Shape:
+    plan = plan_method(model, lora_config(name=method, init="kaiming"))
     return Shape(model, plan, {}, FLOAT, FLOAT)
 
 
@@ -43,7 +51,7 @@ def spread_over(mesh: Any, method: str) -> tuple[Shape, Any, Any]:
     places = shard_tree(params, params_axes(model), mesh)
     placed = jax.device_put(jax.tree.map(jnp.copy, params), places)
     lora = jax.device_put(lora, shard_tree(lora, lora_axes(plan), mesh))
-    shape = shape_of(Decoder(SPEC, mesh=mesh), plan if method == "lora" else None)
+    shape = shape_of(Decoder(SPEC, mesh=mesh), method)
     return shape, *split(method, {"params": placed}, lora)
 
 
