@@ -5,6 +5,7 @@ what to do. `run_entry` turns it into that screen; anything else is a bug and ke
 traceback.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -62,6 +63,20 @@ class UserError(Exception):
         return "\n".join(lines)
 
 
+def require_regular(path: Path) -> None:
+    """Refuses what is there and is no file: a pipe would be waited for without end.
+
+    A folder is left to whoever opens it: the messages for those say more.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(
+            "this is not a regular file",
+            where=path,
+            got="a pipe, a socket or a device",
+            fix="write its contents to a file first",
+        )
+
+
 class Stopped(Exception):
     """The run was asked to stop, has saved, and can be resumed (exit code 75)."""
 
@@ -87,12 +102,33 @@ def run_entry(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:
+    except SystemExit:
+        raise
+    except BaseException as error:
         _leave_trace(argv)
+        told = _in_the_input(error)
+        if told is not None:
+            print(told.screen(), file=sys.stderr)
+            return told.code
         traceback.print_exc()
         print("error: this is a bug in ftjax, not in your input", file=sys.stderr)
         return EXIT_BUG
     return EXIT_OK
+
+
+def _in_the_input(error: BaseException) -> UserError | None:
+    """What other libraries raise for input that is wrong, whoever reads it."""
+    if type(error).__name__ == "PanicException":
+        return UserError(
+            "the tokenizer cannot be used: its own library gives up on it",
+            got=str(error)[:300],
+            fix="use the tokenizer files that were published with the model",
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UserError("a path is too long", got=str(error.filename)[:200])
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return UserError("a path begins with ~ and a user who is not known here")
+    return None
 
 
 def _leave_trace(argv: list[str]) -> None:

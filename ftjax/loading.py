@@ -26,11 +26,13 @@ from ftjax.checkpoints.hf import (
     open_weights,
     read_config,
 )
+from ftjax.checkpoints.jsonfile import inside
 from ftjax.checkpoints.peft import Adapter
 from ftjax.checkpoints.peft_others import Adapter as OtherAdapter
 from ftjax.checkpoints.state import Checkpoints
+from ftjax.data.tokenizer import FILES as TOKENIZER_FILES
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
-from ftjax.errors import UserError
+from ftjax.errors import UserError, require_regular
 from ftjax.methods.lora import LoraPlan
 from ftjax.methods.method import plan_method
 from ftjax.methods.parts import Method
@@ -118,6 +120,8 @@ def open_base(
       UserError: naming the file, key or tensor that is wrong.
     """
     folder = find_model(path, revision)
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        require_regular(inside(folder, name, named_by=str(folder)))
     config = read_config(folder)
     spec = spec_from_config(config, str(folder / CONFIG), note=note)
     found = None

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from ftjax.checkpoints.jsonfile import parse_object, what_it_is
-from ftjax.errors import UserError
+from ftjax.errors import UserError, require_regular
 
 # Bits per element of every dtype of the format, to check sizes.
 BITS = {
@@ -72,6 +72,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises:
       UserError: naming the file, what was expected and what was found.
     """
+    require_regular(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

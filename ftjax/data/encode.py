@@ -181,7 +181,7 @@ def _finish(
     if not trained.any():
         return Dropped(NOTHING, where)
     # Ids are checked against the vocabulary later, so they must not wrap here.
-    ids = np.clip(np.array(made.ids[:most], np.int64), -1, 2**31 - 1).astype(np.int32)
+    ids = np.array([min(max(i, -1), 2**31 - 1) for i in made.ids[:most]], np.int32)
     return Example(ids, trained, where, lost=max(0, length - most))
 
 

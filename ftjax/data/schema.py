@@ -254,7 +254,7 @@ def _alpaca(values: dict[str, Any], where: str, has_template: bool) -> Sample:
     if not has_template and not system and not history:
         return PromptCompletion(instruction + "\n", output, where)
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
-    for pair in history:
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise UserError(
                 "column `history` has the wrong type",

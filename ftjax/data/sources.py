@@ -13,7 +13,7 @@ from typing import Any
 
 from ftjax.data import files, tables
 from ftjax.data.words import clip, nearest, quoted
-from ftjax.errors import UserError
+from ftjax.errors import UserError, require_regular
 
 PYDOC = "pydoc"
 PYDOC_KINDS = ("instructions", "text", "preferences")
@@ -90,6 +90,7 @@ def _open(
             got=_listing(path),
             fix="name one file in it",
         )
+    require_regular(path)
     suffixes = "".join(path.suffixes[-2:]).lower()
     reader = _reader(suffixes, duplicates)
     if path.exists():

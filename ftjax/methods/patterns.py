@@ -1,6 +1,7 @@
 """Patterns over module names: `q_proj,v_proj`, `down_proj=8`; each must match."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +45,8 @@ def pairs(text: str, key: str, kind: type) -> dict[str, Any]:
         pattern, equals, value = part.rpartition("=")
         try:
             found[pattern] = kind(value)
-            bad = not equals or (kind is not str and found[pattern] <= 0)
+            number = kind is not str
+            bad = not equals or (number and not 0 < found[pattern] < math.inf)
         except ValueError:
             bad = True
         if bad:
