@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from ftjax.config import data_settings
 from ftjax.console import duration
 from ftjax.data.dataset import Dataset, build_dataset
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -162,9 +163,11 @@ def _corpus(
 
 
 def _dataset(run: dict[str, Any], tokenizer: Tokenizer, split: str) -> Dataset:
-    settings = ConfigDict(run["data"])
-    source, size = run["data"][split], tokenizer.vocab_size
-    return build_dataset(source, tokenizer, settings, vocab_size=size, split=split)
+    settings = data_settings(ConfigDict(run), run["data"]["max_length"])
+    size = tokenizer.vocab_size
+    return build_dataset(
+        settings[split], tokenizer, settings, vocab_size=size, split=split
+    )
 
 
 def _tokens(dataset: Dataset) -> int:
