@@ -92,7 +92,7 @@ def test_kill_at_every_stage_of_a_save(
     assert "continuing after step 4" in said
     said = kept.killed_at("report:1")  # step 8 is saved
     assert "continuing after step 6" in said
-    assert "continuing after step 8" in kept.train(kept.workdir).ok().out
+    assert "done already: step 8" in kept.train(kept.workdir).ok().out
     kept.same()
 
 
