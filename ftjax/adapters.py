@@ -16,16 +16,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ftjax.checkpoints.peft import Adapter, load_adapter
-from ftjax.checkpoints.peft_others import Adapter as OtherAdapter
-from ftjax.checkpoints.peft_others import is_other, load_any
+from ftjax.checkpoints.peft_others import Adapter, load_any
 from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan, lora_axes
 from ftjax.methods.several import Update, combine
-from ftjax.models.proj import Path as SitePath
-from ftjax.models.proj import Site
-from ftjax.models.spec import ModelSpec
-from ftjax.sharding import shard_tree
+from ftjax.models.decoder import Decoder
+from ftjax.models.proj import find_sites
+from ftjax.sharding import replicated, shard_tree
 
 NONE = "none"
 Known = Mapping[str, Adapter | None]  # by the name that was asked for, in order
@@ -38,24 +35,29 @@ class Chosen:
 
     Attributes:
       names: as they were asked for; `NONE` is the base.
-      lora: the sum, float32 on the host; None where it changes nothing.
-      plan: of the sum.
+      adapter: the one, or the sum, on the host; None where it changes nothing.
       label: for people, such as 'adapter A'; empty where nothing was asked for.
       known: all that were read, by name.
     """
 
     names: tuple[str, ...]
-    lora: Any
-    plan: LoraPlan | None
+    adapter: Adapter | None
     label: str
     known: Known
 
+    @property
+    def plan(self) -> LoraPlan | None:
+        """Of a low-rank update."""
+        return self.adapter.plan if self.adapter else None
+
     def variables(self, mesh: Mesh) -> dict[str, Any]:
-        """{'lora': ...} on its devices; empty where the sum changes nothing."""
-        if self.plan is None:
+        """Its collection, on its devices; empty where it changes nothing."""
+        if self.adapter is None:
             return {}
-        places = shard_tree(self.lora, lora_axes(self.plan), mesh)
-        return {"lora": jax.device_put(self.lora, places)}
+        tree, places = self.adapter.tree, replicated(mesh)
+        if self.plan is not None:
+            places = shard_tree(tree, lora_axes(self.plan), mesh)
+        return {self.adapter.kind: jax.device_put(tree, places)}
 
 
 def read_adapters(
@@ -63,7 +65,7 @@ def read_adapters(
     weights: str = "",
     rank: int = 0,
     *,
-    sites: Mapping[SitePath, Site],
+    model: Decoder,
     check: Check,
     known: Known | None = None,
 ) -> Chosen:
@@ -73,7 +75,7 @@ def read_adapters(
       text: see `names_of`.
       weights: numbers, as many; all 1 if empty.
       rank: of the sum, or 0: see `several.combine`.
-      sites: of the model.
+      model: that they are for.
       check: raises where an adapter does not belong to this base.
       known: not read again.
 
@@ -87,40 +89,33 @@ def read_adapters(
     read = dict(known or {})
     for name in names:
         if name not in read:
-            read[name] = None if name == NONE else _read(name, sites, check)
+            read[name] = None if name == NONE else _read(name, model, check)
     label = _label(names, gains, rank)
     if len(names) == 1 and gains == [1] and not rank:
-        adapter = read[names[0]]
-        plan = adapter.plan if adapter else None
-        return Chosen(names, adapter and adapter.lora, plan, label, read)
-    lora, plan = combine(updates(read, names), gains, rank) or (None, None)
-    return Chosen(names, lora, plan, label, read)
-
-
-def read_other(
-    text: str, sites: Mapping[SitePath, Site], spec: ModelSpec
-) -> OtherAdapter | None:
-    """An adapter that is no low-rank update, where `--adapter` names one such folder.
-
-    Raises:
-      UserError: if it stands among others: only low-rank updates add up.
-    """
-    names = [name for name in names_of(text) if name != NONE]
-    other = [name for name in names if is_other(Path(name).expanduser())]
-    if not other:
-        return None
-    if names[1:]:
-        raise UserError(
-            "only low-rank adapters can be used together",
-            where=f"--adapter={text}",
-            got=f"{other[0]} is of another kind",
-        )
-    return load_any(Path(other[0]).expanduser(), sites, spec)
+        return Chosen(names, read[names[0]], label, read)
+    total = combine(updates(read, names), gains, rank)
+    summed = Adapter("lora", total.lora, total.plan, "", None) if total else None
+    return Chosen(names, summed, label, read)
 
 
 def updates(known: Known, names: Sequence[str]) -> list[Update | None]:
-    found = [known[name] for name in names]
-    return [Update(one.lora, one.plan) if one else None for one in found]
+    """The low-rank updates of some adapters; None for the base.
+
+    Raises:
+      UserError: an adapter is of another kind: only updates add up.
+    """
+    found: list[Update | None] = []
+    for name in names:
+        one = known[name]
+        if one is not None and one.plan is None:
+            raise UserError(
+                "only low-rank adapters can be added, scaled, switched or chosen from",
+                where=f"--adapter: {name}",
+                got=f"an adapter of kind {one.kind}",
+                fix="use it alone",
+            )
+        found.append(Update(one.tree, one.plan) if one and one.plan else None)
+    return found
 
 
 def names_of(text: str) -> tuple[str, ...]:
@@ -164,8 +159,9 @@ def _gains(text: str, names: Sequence[str]) -> list[float]:
     return gains
 
 
-def _read(name: str, sites: Mapping[SitePath, Site], check: Check) -> Adapter:
-    adapter = load_adapter(Path(name).expanduser(), sites)
+def _read(name: str, model: Decoder, check: Check) -> Adapter:
+    folder = Path(name).expanduser()
+    adapter = load_any(folder, find_sites(model), model.spec)
     check(adapter, name)
     return adapter
 

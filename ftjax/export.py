@@ -37,7 +37,6 @@ from ftjax.errors import UserError
 from ftjax.loading import (
     Base,
     Policy,
-    base_hash,
     open_policy,
     public_name,
 )
@@ -213,7 +212,7 @@ def write_adapter(out: Path, policy: Policy) -> None:
 
     def fill(folder: Path) -> None:
         sites = find_sites(policy.model)
-        save_any(folder, variables, plan, sites, public_name(base), _hash(base))
+        save_any(folder, variables, plan, sites, public_name(base), base.hash or None)
         facts = _adapter_facts(kind, tree, plan)
         if "quant" in variables:
             # LoftQ's update holds the error of the codes: over floats it is no use.
@@ -333,10 +332,6 @@ def stored_dtype(policy: Policy) -> str:
     return "bfloat16" if named == "bfloat16" else "float32"
 
 
-def _hash(base: Base) -> str | None:
-    return base_hash(base) if base.weights is not None else None
-
-
 def write_rest(
     folder: Path, policy: Policy, facts: dict[str, str], library: str
 ) -> None:
@@ -372,7 +367,7 @@ def model_card(policy: Policy, facts: dict[str, str], library: str) -> str:
     name = public_name(policy.base)
     rows = {"base": name, "from": policy.label, **facts}
     if policy.base.weights is not None:
-        rows["base weights"] = f"sha256 {_hash(policy.base)}"
+        rows["base weights"] = f"sha256 {policy.base.hash}"
     lines = [
         "---",
         f"base_model: {json.dumps(name)}",

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ftjax.adapters import Known, read_adapters, read_other
+from ftjax.adapters import Known, read_adapters
 from ftjax.checkpoints.hf import (
     Weights,
     check_vocab,
@@ -27,15 +27,13 @@ from ftjax.checkpoints.hf import (
     read_config,
 )
 from ftjax.checkpoints.jsonfile import inside
-from ftjax.checkpoints.peft import Adapter
-from ftjax.checkpoints.peft_others import Adapter as OtherAdapter
+from ftjax.checkpoints.peft_others import Adapter
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.data.tokenizer import FILES as TOKENIZER_FILES
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError, require_regular
 from ftjax.methods.lora import LoraPlan
 from ftjax.methods.method import plan_method
-from ftjax.methods.parts import Method
 from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
 from ftjax.methods.virtual import virtual_count
 from ftjax.models.config_reader import say
@@ -46,7 +44,7 @@ from ftjax.models.registry import spec_from_config
 from ftjax.models.spec import ModelSpec
 from ftjax.quant.qtensor import QTensor
 from ftjax.run_folder import choose_step, read_run_config
-from ftjax.sharding import make_mesh, replicated, shard_tree
+from ftjax.sharding import make_mesh, shard_tree
 from ftjax.weights import join
 
 PyTree = Any
@@ -72,6 +70,27 @@ class Base:
     tokenizer: Tokenizer
     eos_ids: tuple[int, ...]
     weights: Weights | None
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over the tensors as they are stored: names, shapes, bytes; read once.
+
+        It does not depend on how the tensors are spread over files, nor on the dtype or
+        the mesh that they are read to, so that a run, its adapter and a later use
+        agree. Empty for a base without weights.
+        """
+        if self.weights is None:
+            return ""
+        tensors = self.weights.tensors
+
+        def digest(name: str) -> str:
+            tensor = tensors[name]
+            content = hashlib.sha256(tensor.raw().data).hexdigest()
+            return f"{name} {tensor.dtype} {tensor.shape} {content}\n"
+
+        with ThreadPoolExecutor(4) as pool:
+            lines = list(pool.map(digest, sorted(tensors)))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -177,36 +196,6 @@ def load_base(
     return {"params": without(params, plan), "quant": quant}
 
 
-def start(method: Method, base: PyTree, seed: int, mesh: Mesh) -> tuple[PyTree, PyTree]:
-    """(trained, frozen) at the start of a run, on their devices."""
-    trained, frozen = method.start(base, seed)
-    places = {
-        name: shard_tree(part.shapes, part.axes, mesh)
-        for name, part in method.parts.items()
-    }
-    return jax.device_put(trained, places), frozen
-
-
-def base_hash(base: Base) -> str:
-    """SHA-256 over the base's tensors as they are stored: names, shapes, bytes.
-
-    It does not depend on how the tensors are spread over files, nor on the dtype or the
-    mesh that they are read to, so that a run, its adapter and a later use agree.
-    """
-    if base.weights is None:
-        raise ValueError(f"{base.name} was opened without weights")
-
-    def digest(name: str) -> str:
-        assert base.weights is not None
-        tensor = base.weights.tensors[name]
-        content = hashlib.sha256(tensor.raw().data).hexdigest()
-        return f"{name} {tensor.dtype} {tensor.shape} {content}\n"
-
-    with ThreadPoolExecutor(4) as pool:
-        lines = list(pool.map(digest, sorted(base.weights.tensors)))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def public_name(base: Base) -> str:
     """What another program can load the base by: its name on the Hub, or its folder."""
     if base.name in PRESETS:
@@ -305,7 +294,7 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
     else:
         formats = run_formats(config, decoder)
         loaded = load_base(base, dtype, mesh, formats=formats, note=note)
-        variables = join(start(method, loaded, config["seed"], mesh)[1], trained)
+        variables = join(method.rest(loaded), trained)
     return Policy(
         base,
         decoder,
@@ -333,25 +322,17 @@ def _open_model(
     """A base alone, or with adapters from folders."""
     decoder = Decoder(base.spec, dtype=dtype)
     check = partial(check_adapter, base, note)
-    sites, most = find_sites(decoder), base.spec.max_positions
-    other = read_other(adapters[0], sites, base.spec)
-    if other is not None:
-        check(other, adapters[0])
-        label = f"adapter {adapters[0]} on {base.name}"
-        variables = load_base(base, dtype, mesh, note=note)
-        variables[other.kind] = jax.device_put(other.tree, replicated(mesh))
-        return Policy(base, decoder, variables, None, label, most - other.virtual)
-    chosen = read_adapters(*adapters, sites=sites, check=check)
+    chosen = read_adapters(*adapters, model=decoder, check=check)
     variables = load_base(base, dtype, mesh, note=note) | chosen.variables(mesh)
     label = f"{chosen.label} on {base.name}" if chosen.label else f"model {base.name}"
+    most = base.spec.max_positions
+    most -= chosen.adapter.virtual if chosen.adapter else 0
     return Policy(
         base, decoder, variables, chosen.plan, label, most, adapters=chosen.known
     )
 
 
-def check_adapter(
-    base: Base, note: Note, adapter: Adapter | OtherAdapter, where: str
-) -> None:
+def check_adapter(base: Base, note: Note, adapter: Adapter, where: str) -> None:
     """Refuses an adapter of another base; notes one that does not say."""
     if not adapter.base_hash:
         made_for = adapter.base_name or "unknown"
@@ -366,7 +347,7 @@ def _check_hash(expected: str | None, base: Base, where: str) -> None:
     """Same shapes with other weights would be silent nonsense."""
     if not expected or base.weights is None:
         return
-    found = base_hash(base)
+    found = base.hash
     if found != expected:
         raise UserError(
             "this was trained on another base: same shapes, other weights",

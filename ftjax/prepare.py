@@ -18,7 +18,7 @@ from ftjax.config import check_devices, data_settings, total_steps, validate
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
 from ftjax.errors import UserError
-from ftjax.loading import Base, load_base, open_base, start
+from ftjax.loading import Base, load_base, open_base
 from ftjax.methods.loftq import fit_errors, require_codes
 from ftjax.methods.lora import plan_lora
 from ftjax.methods.method import plan_method
@@ -206,7 +206,12 @@ def load_variables(
     else:
         dtype = jnp.dtype(jnp.float32) if shape.method.whole else shape.param_dtype
         loaded = load_base(base, dtype, mesh, formats=shape.formats)
-    trained, frozen = start(shape.method, loaded, config.seed, mesh)
+    trained, frozen = shape.method.start(loaded, config.seed)
+    places = {
+        name: shard_tree(part.shapes, part.axes, mesh)
+        for name, part in shape.method.parts.items()
+    }
+    trained = jax.device_put(trained, places)
     if begins_as_error(config):
         trained = fit_trained(trained, frozen["quant"], config, base, shape, mesh)
     return trained, frozen

@@ -28,7 +28,7 @@ from ftjax.curves import write_errors_png
 from ftjax.errors import UserError
 from ftjax.evaluate import measure
 from ftjax.export import refuse_source, write_rest
-from ftjax.loading import Base, Policy, base_hash, open_base, open_policy
+from ftjax.loading import Base, Policy, open_base, open_policy
 from ftjax.methods.quant import Plan, plan_quant
 from ftjax.models.decoder import Decoder
 from ftjax.models.names import Path as LeafPath
@@ -216,7 +216,7 @@ def _report(
     config = json.loads((folder / "config.json").read_text("utf-8"))
     found: dict[str, Any] = {
         "model": base.name,
-        "base_hash": base_hash(base),
+        "base_hash": base.hash,
         "format": plan_text(plan),
         "layout": config["quantization_config"]["quant_method"],
         "parameters": numbers["parameters"],

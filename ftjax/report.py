@@ -115,9 +115,11 @@ def _read_config(path: Path) -> Row:
 
 
 def _title(config: Row, workdir: Path) -> str:
+    stored = _section(config, "quant").get("format")
     names = [
         config.get("task"),
         _section(config, "method").get("name"),
+        stored if stored != "none" else None,
         str(_section(config, "model").get("path") or "").rsplit("/", 1)[-1],
     ]
     known = [printable(str(name)).replace("\n", " ") for name in names if name]

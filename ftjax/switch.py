@@ -9,12 +9,11 @@ import jax
 from jax.sharding import Mesh
 
 from ftjax.adapters import NONE, names_of, read_adapters, updates
-from ftjax.checkpoints.peft import Adapter
+from ftjax.checkpoints.peft_others import KINDS, Adapter
 from ftjax.console import say
 from ftjax.errors import UserError
 from ftjax.loading import Note, Policy, check_adapter
 from ftjax.methods.several import stack
-from ftjax.models.proj import find_sites
 from ftjax.rollout import Generator
 from ftjax.sharding import make_mesh, shard_tree
 
@@ -55,11 +54,12 @@ def with_adapter(
         adapter,
         weights,
         rank,
-        sites=find_sites(policy.model),
+        model=policy.model,
         check=partial(check_adapter, policy.base, note),
         known=policy.adapters,
     )
-    base = {name: tree for name, tree in policy.variables.items() if name != "lora"}
+    updates(chosen.known, chosen.names)  # refuses what cannot be switched
+    base = {n: tree for n, tree in policy.variables.items() if n not in KINDS}
     return replace(
         policy,
         variables={**base, **chosen.variables(make_mesh() if mesh is None else mesh)},
@@ -102,7 +102,8 @@ class Switch:
     def __init__(self, policy: Policy, generator: Generator, current: str = ""):
         known = {NONE: None, **policy.adapters}
         if policy.plan is not None and not current:
-            own = Adapter(policy.variables["lora"], policy.plan, policy.base.name, None)
+            lora = policy.variables["lora"]
+            own = Adapter("lora", lora, policy.plan, policy.base.name, None)
             current, known[RUN] = RUN, own
         self._policy = replace(policy, adapters=known)
         self._generator, self._current = generator, current or NONE

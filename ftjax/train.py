@@ -30,7 +30,7 @@ from ftjax.console import Progress, say
 from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
 from ftjax.evals.causal import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
-from ftjax.loading import Base, base_hash, public_name
+from ftjax.loading import Base, public_name
 from ftjax.losses.causal_lm import Sums, causal_lm
 from ftjax.metrics import MetricLog
 from ftjax.models.decoder import Decoder, hidden_and_head
@@ -89,7 +89,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             "method": settings["method"],
             "quant": settings["quant"],
             "data": data.train.fingerprint(),
-            "base_hash": base_hash(base) if base.weights else "",
+            "base_hash": base.hash,
         }
         first = resume_point(checkpoints, identity)
         trained, frozen = load_variables(config, base, shape, mesh)

@@ -11,7 +11,7 @@ import numpy as np
 
 from configs import sft
 from ftjax.checkpoints.state import Checkpoints
-from ftjax.loading import base_hash, load_base, open_base
+from ftjax.loading import load_base, open_base
 from ftjax.methods.lora import init_lora, plan_lora
 from ftjax.methods.method import plan_method
 from ftjax.models.decoder import Decoder
@@ -50,7 +50,7 @@ def make_run(
     for step, loss in steps:
         trained = _trained(base, settings["method"], 0 if zero else step)
         state = {"step": jnp.asarray(step), "trained": trained}
-        saved.save(step, state, {"base_hash": base_hash(base), "chat": chat}, loss)
+        saved.save(step, state, {"base_hash": base.hash, "chat": chat}, loss)
     return folder
 
 

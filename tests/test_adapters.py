@@ -14,7 +14,7 @@ from ftjax import cli, evaluate, export, generate
 from ftjax.checkpoints.peft import save_adapter
 from ftjax.console import printable
 from ftjax.errors import UserError
-from ftjax.loading import base_hash, open_base, open_policy
+from ftjax.loading import open_base, open_policy
 from ftjax.rollout import Generator, Sampling
 from ftjax.switch import Switch, with_adapter
 from tests.goldens import check_peft
@@ -34,7 +34,7 @@ def two(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
         ("second", {"rank": 3, "alpha": 5.0}),
     ):
         _, plan, lora = check_peft.random_adapter(base.spec, settings)
-        save_adapter(folder / name, lora, plan, "base", base_hash(base))
+        save_adapter(folder / name, lora, plan, "base", base.hash)
     return [str(folder / "first"), str(folder / "second")]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from ftjax.checkpoints.peft import save_adapter
 from ftjax.errors import UserError
-from ftjax.loading import base_hash, load_base, open_base, open_policy
+from ftjax.loading import load_base, open_base, open_policy
 from ftjax.methods.lora import merge
 from ftjax.sharding import make_mesh
 from tests.runs import make_run
@@ -52,11 +52,11 @@ def test_weights_are_split_over_the_mesh(tiny_llama: Path) -> None:
 
 
 def test_base_hash_is_of_the_weights_alone(tiny_llama: Path, tmp_path: Path) -> None:
-    wanted = base_hash(open_base(str(tiny_llama)))
+    wanted = open_base(str(tiny_llama)).hash
     sharded = make_tiny_checkpoint(tmp_path / "sharded", shards=3)
     other = make_tiny_checkpoint(tmp_path / "other", seed=1)
-    assert base_hash(open_base(str(sharded))) == wanted
-    assert base_hash(open_base(str(other))) != wanted
+    assert open_base(str(sharded)).hash == wanted
+    assert open_base(str(other)).hash != wanted
 
 
 @pytest.mark.parametrize("named", ["neither", "both"])
@@ -100,7 +100,7 @@ def test_an_adapter_on_its_base_equals_the_run(
 ) -> None:
     policy = open_policy(workdir=str(run), **quiet)
     assert policy.plan is not None
-    found = base_hash(policy.base)
+    found = policy.base.hash
     save_adapter(tmp_path / "a", policy.variables["lora"], policy.plan, "x", found)
     sources: list[dict[str, Any]] = [{"model": str(tiny_llama)}, {"workdir": str(run)}]
     for source in sources:
@@ -117,7 +117,7 @@ def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path) -> Non
     other = make_tiny_checkpoint(tmp_path / "other", seed=1)
     policy = open_policy(workdir=str(run), **quiet)
     assert policy.plan is not None
-    lora, found = policy.variables["lora"], base_hash(policy.base)
+    lora, found = policy.variables["lora"], policy.base.hash
     save_adapter(tmp_path / "a", lora, policy.plan, "x", found)
     with pytest.raises(UserError, match="another base: same shapes, other weights"):
         open_policy(model=str(other), adapter=str(tmp_path / "a"), **quiet)

@@ -151,19 +151,6 @@ def _prompt_out(kind: str, tree: Any) -> tuple[Any, dict[str, Any]]:
     return {EMBEDDINGS: values}, own | {"num_virtual_tokens": len(values)}
 
 
-def is_other(folder: FilePath) -> bool:
-    """Whether the folder holds an adapter that is read here and is no LoRA."""
-    return _kind_of(folder)[1] is not None
-
-
-def _kind_of(folder: FilePath) -> tuple[dict[str, Any], str | None]:
-    config: dict[str, Any] = {}
-    if (folder / CONFIG).is_file():
-        config = read_json(inside(folder, CONFIG, named_by=str(folder)))
-    names = {theirs: ours for ours, theirs in KINDS.items() if ours != "lora"}
-    return config, names.get(str(config.get("peft_type")))
-
-
 def load_any(folder: FilePath, sites: Mapping[Path, Site], spec: ModelSpec) -> Adapter:
     """Reads an adapter of any kind for a model.
 
@@ -171,7 +158,11 @@ def load_any(folder: FilePath, sites: Mapping[Path, Site], spec: ModelSpec) -> A
       UserError: naming the file, the config key or the tensor, for whatever is missing,
         left over, of another shape, or not computed by ftjax.
     """
-    config, kind = _kind_of(folder)
+    config: dict[str, Any] = {}
+    if (folder / CONFIG).is_file():
+        config = read_json(inside(folder, CONFIG, named_by=str(folder)))
+    names = {theirs: ours for ours, theirs in KINDS.items() if ours != "lora"}
+    kind = names.get(str(config.get("peft_type")))
     if kind is None:
         found = peft.load_adapter(folder, sites)
         return Adapter("lora", found.lora, found.plan, found.base_name, found.base_hash)

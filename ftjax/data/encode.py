@@ -180,8 +180,7 @@ def _finish(
     trained[:1] = False
     if not trained.any():
         return Dropped(NOTHING, where)
-    # Ids are checked against the vocabulary later, so they must not wrap here.
-    ids = np.array([min(max(i, -1), 2**31 - 1) for i in made.ids[:most]], np.int32)
+    ids = np.array(made.ids[:most], np.int32)
     return Example(ids, trained, where, lost=max(0, length - most))
 
 
@@ -253,7 +252,9 @@ def _encode_ready(
     for row in rows:
         trained = np.array(row.trained, bool)
         boundary = int(trained.argmax()) if trained.any() else 0
-        found.append(_Ids(row.ids, trained, boundary))
+        # JSON has numbers of any size; those that are no ids are found later.
+        ids = [min(max(i, -1), 2**31 - 1) for i in row.ids]
+        found.append(_Ids(ids, trained, boundary))
     return found
 
 

@@ -29,12 +29,22 @@ def plan_bottleneck(model: Decoder, sites: Mapping[Path, Site], config: Any) -> 
       config: `kind`, `size` of the hidden layer, `activation`.
     """
     spec, size = model.spec, config.size
-    shape = (spec.n_layers, spec.d_model, size)
+    layers, width = spec.n_layers, spec.d_model
+    shape = (layers, width, size)
 
-    def start(base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
-        return {"adapters": _init(config, shape, seed)}, base
+    def init(base: PyTree, seed: int) -> PyTree:
+        return {"adapters": _init(config, shape, seed)}
 
-    shapes = jax.eval_shape(lambda: _init(config, shape, 0))
+    sizes = {
+        "down": shape,
+        "down_bias": (layers, size),
+        "up": (layers, size, width),
+        "up_bias": (layers, width),
+    }
+    leaves: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in sizes.items()
+    }
+    shapes = Hidden(**leaves, activation=config.activation)
     axes = Hidden(
         (None, "embed", None),  # type: ignore[arg-type]
         (None, None),  # type: ignore[arg-type]
@@ -43,12 +53,12 @@ def plan_bottleneck(model: Decoder, sites: Mapping[Path, Site], config: Any) -> 
         config.activation,
     )
     places = PLACES[config.kind]
-    part = Part(shapes, {"layers": {name: {"w": axes} for name in places}})
-    count = spec.n_layers * (2 * spec.d_model * size + spec.d_model + size)
+    part = Part(*({"layers": {n: {"w": x} for n in places}} for x in (shapes, axes)))
+    count = layers * (2 * width * size + width + size)
     share = 100 * count / count_params(spec)
-    size_text = f"{spec.d_model} x {size} x {spec.d_model}"
-    rows = [Row(name, size_text, "", spec.n_layers, count, share) for name in places]
-    return Method("bottleneck", {"adapters": part}, start, rows)
+    size_text = f"{width} x {size} x {width}"
+    rows = [Row(name, size_text, "", layers, count, share) for name in places]
+    return Method("bottleneck", {"adapters": part}, init, rows=rows)
 
 
 def _init(config: Any, shape: tuple[int, int, int], seed: int) -> PyTree:

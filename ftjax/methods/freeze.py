@@ -58,11 +58,7 @@ def plan_freeze(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Meth
             fix="--config.method.layers=2",
         )
 
-    def start(base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
-        return {}, base
-
-    empty = Method("freeze", {}, start)
-    return _with_params(empty, model, pick)
+    return _with_params(Method("freeze", {}, lambda base, seed: {}), model, pick)
 
 
 def train_also(method: Method, model: Decoder, pattern: str) -> Method:
@@ -119,19 +115,24 @@ def _with_params(method: Method, model: Decoder, pick: Pick) -> Method:
         share = 100 * count / whole.size
         rows.append(Row(_label(path), size, "", layers, count, share))
 
-    def start(base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
-        trained, frozen = method.start(base, seed)
+    def init(base: PyTree, seed: int) -> PyTree:
         chosen: dict[str, Any] = {}
-        left = frozen["params"]
+        for path, layers in pick.items():
+            leaf = _get(base["params"], path)
+            put(chosen, path, master(leaf[-layers:] if layers else leaf))
+        return {**method.init(base, seed), "params": chosen}
+
+    def rest(base: PyTree) -> PyTree:
+        left = method.rest(base)["params"]
         for path, layers in pick.items():
             leaf = _get(left, path)
-            put(chosen, path, master(leaf[-layers:] if layers else leaf))
-            rest = leaf[:-layers] if layers < leaf.shape[0] and layers else None
-            left = _replaced(left, path, rest)
-        return {**trained, "params": chosen}, {**frozen, "params": left}
+            kept = leaf[:-layers] if 0 < layers < leaf.shape[0] else None
+            left = _replaced(left, path, kept)
+        return {**method.rest(base), "params": left}
 
     parts = {**method.parts, "params": part}
-    return replace(method, parts=parts, start=start, rows=[*method.rows, *rows])
+    rows = [*method.rows, *rows]
+    return replace(method, parts=parts, init=init, rest=rest, rows=rows)
 
 
 def _label(path: LeafPath) -> str:

@@ -51,8 +51,8 @@ def plan_ia3(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
     """
     plan = factors(sites, config.targets, config.feedforward)
 
-    def start(base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
-        return {"ia3": ones(plan)}, base
+    def init(base: PyTree, seed: int) -> PyTree:
+        return {"ia3": ones(plan)}
 
     axes: dict[str, Any] = {}
     rows = []
@@ -64,7 +64,7 @@ def plan_ia3(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
         size, share = f"{inputs} x {outputs}", 100 * count / (layers * inputs * outputs)
         rows.append(Row(f"{path[-1]}, {factor.side}", size, "", layers, count, share))
     part = Part(jax.eval_shape(lambda: ones(plan)), axes)
-    return Method("ia3", {"ia3": part}, start, rows)
+    return Method("ia3", {"ia3": part}, init, rows=rows)
 
 
 def ones(plan: Mapping[Path, Factor]) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -150,6 +151,24 @@ def init_lora(plan: LoraPlan, seed: int, init: str = "kaiming") -> Any:
 
 def _delta(a: np.ndarray, b: np.ndarray, scale: np.ndarray, dropout: float) -> Delta:
     return Delta(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), dropout)
+
+
+def lora_shapes(plan: LoraPlan) -> Any:
+    """The shapes of the collection, by arithmetic: nothing is drawn."""
+    tree: dict[str, Any] = {}
+    for path, at in plan.sites.items():
+        stack = () if at.site.layers is None else (at.site.layers,)
+        shapes = {
+            "a": (*stack, *at.site.inputs, at.rank),
+            "b": (*stack, at.rank, *at.site.outputs),
+            "scale": stack,
+        }
+        leaves: dict[str, Any] = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32)
+            for name, shape in shapes.items()
+        }
+        put(tree, path, {"w": Delta(**leaves, dropout=plan.dropout)})
+    return tree
 
 
 def lora_axes(plan: LoraPlan) -> Any:

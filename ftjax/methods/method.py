@@ -1,9 +1,11 @@
 """From a config to a method: what it trains, by shape alone.
 
-method = plan_method(model, config.method)
-trained, frozen = method.start(base, seed)        # no array is in both
-model.apply(join(frozen, trained), ...)           # the policy
-model.apply(frozen, ...)                          # the base, where it is whole
+    method = plan_method(model, config.method)
+    trained, frozen = method.start(base, seed)        # no array is in both
+    model.apply(join(frozen, trained), ...)           # the policy
+    model.apply(frozen, ...)                          # the base, where it is whole
+
+A method is a function here or in a file beside this one, and a line of `METHODS`.
 """
 
 import math
@@ -15,7 +17,7 @@ import jax
 from ftjax.methods.bottleneck import plan_bottleneck
 from ftjax.methods.freeze import plan_freeze, train_also
 from ftjax.methods.ia3 import plan_ia3
-from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, plan_lora
+from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, lora_shapes, plan_lora
 from ftjax.methods.parts import Method, Part, PyTree, Row, master
 from ftjax.methods.virtual import plan_prefix, plan_prompt
 from ftjax.models.decoder import Decoder
@@ -33,22 +35,21 @@ def plan_method(model: Decoder, config: Any) -> Method:
 
 
 def _full(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
-    def start(base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
-        return jax.tree.map(master, base), {}
+    def init(base: PyTree, seed: int) -> PyTree:
+        return jax.tree.map(master, base)
 
     part = Part(abstract_params(model), params_axes(model))
-    return Method("full", {"params": part}, start, whole=True)
+    return Method("full", {"params": part}, init, lambda base: {}, whole=True)
 
 
 def _lora(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
     plan = plan_lora(sites, config)
 
-    def start(base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
-        return {"lora": init_lora(plan, seed, config.init)}, base
+    def init(base: PyTree, seed: int) -> PyTree:
+        return {"lora": init_lora(plan, seed, config.init)}
 
-    shapes = jax.eval_shape(lambda: init_lora(plan, 0))
-    parts = {"lora": Part(shapes, lora_axes(plan))}
-    return Method("lora", parts, start, _lora_rows(plan), plan)
+    part = Part(lora_shapes(plan), lora_axes(plan))
+    return Method("lora", {"lora": part}, init, rows=_lora_rows(plan), lora=plan)
 
 
 METHODS: dict[str, Callable[[Decoder, Mapping[Path, Site], Any], Method]] = {

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 from ftjax.methods.lora import LoraPlan
 
 PyTree = Any
-Start = Callable[[PyTree, int], tuple[PyTree, PyTree]]  # (base, seed)
+Init = Callable[[PyTree, int], PyTree]  # (base, seed) -> what is trained
+Rest = Callable[[PyTree], PyTree]  # base -> what of it stays frozen
+
+
+def everything(base: PyTree) -> PyTree:
+    """The `rest` of a method that trains nothing of the base."""
+    return base
 
 
 class Row(NamedTuple):
@@ -43,8 +49,9 @@ class Method:
     Attributes:
       name: as in the config.
       parts: every trained collection; a part of `params` has the paths of the whole.
-      start: (base, seed) -> (trained, frozen), two dicts of collections. The base is
+      init: (base, seed) -> what is trained, a dict of collections. The base is
         {'params': ...}, and 'quant' where some of it is quantized.
+      rest: base -> what of it stays frozen; no array is in both.
       rows: of the table of what is trained, without the sum.
       lora: ranks and scales, where a low-rank update is all that is trained.
       whole: every weight of the base is trained, so that a checkpoint needs no base.
@@ -52,10 +59,15 @@ class Method:
 
     name: str
     parts: dict[str, Part]
-    start: Start
+    init: Init
+    rest: Rest = everything
     rows: list[Row] = field(default_factory=list)
     lora: LoraPlan | None = None
     whole: bool = False
+
+    def start(self, base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
+        """(trained, frozen) at the start of a run."""
+        return self.init(base, seed), self.rest(base)
 
     @property
     def count(self) -> int:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.errors import UserError
-from ftjax.methods.parts import Method, Part, PyTree, Row, Start
+from ftjax.methods.parts import Method, Part, PyTree, Row
 from ftjax.methods.streams import stream
 from ftjax.models.decoder import Decoder
 from ftjax.models.names import count_params
@@ -36,12 +36,13 @@ def plan_prompt(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Meth
     _require_room(model, config.tokens)
     vocab, n = model.spec.vocab_size, config.tokens
 
-    def start(base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
-        return _embedded(stream(seed, "prompt").integers(0, vocab, n).tolist())(base, 0)
+    def init(base: PyTree, seed: int) -> PyTree:
+        return _embedded(base, stream(seed, "prompt").integers(0, vocab, n).tolist())
 
     shape = (n, model.spec.d_model)
     part = Part({"tokens": _float(shape)}, {"tokens": (None, "embed")})
-    return Method("prompt", {"prompt": part}, start, _rows(model, "prompt", 0, shape))
+    rows = _rows(model, "prompt", 0, shape)
+    return Method("prompt", {"prompt": part}, init, rows=rows)
 
 
 def begin_with(method: Method, ids: Sequence[int]) -> Method:
@@ -49,16 +50,14 @@ def begin_with(method: Method, ids: Sequence[int]) -> Method:
     if not ids:
         raise UserError("the text has no tokens", where="config.method.text")
     n = method.parts["prompt"].shapes["tokens"].shape[0]
-    return replace(method, start=_embedded([ids[i % len(ids)] for i in range(n)]))
+    chosen = [ids[i % len(ids)] for i in range(n)]
+    return replace(method, init=lambda base, seed: _embedded(base, chosen))
 
 
-def _embedded(ids: list[int]) -> Start:
-    def start(base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
-        table_VD = base["params"]["embed_tokens"]["embedding"]
-        rows_nD = jnp.take(table_VD, jnp.asarray(ids, jnp.int32), axis=0)
-        return {"prompt": {"tokens": rows_nD.astype(jnp.float32)}}, base
-
-    return start
+def _embedded(base: PyTree, ids: list[int]) -> PyTree:
+    table_VD = base["params"]["embed_tokens"]["embedding"]
+    rows_nD = jnp.take(table_VD, jnp.asarray(ids, jnp.int32), axis=0)
+    return {"prompt": {"tokens": rows_nD.astype(jnp.float32)}}
 
 
 def plan_prefix(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
@@ -76,7 +75,7 @@ def plan_prefix(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Meth
     s = model.spec
     shape = (s.n_layers, config.tokens, s.n_kv_heads, s.head_dim)
 
-    def start(base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
+    def init(base: PyTree, seed: int) -> PyTree:
         tree = {
             name: jnp.asarray(
                 stream(seed, f"prefix.{name}").normal(0, config.std, shape),
@@ -84,13 +83,13 @@ def plan_prefix(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Meth
             )
             for name in "kv"
         }
-        return {"prefix": tree}, base
+        return {"prefix": tree}
 
     axes = (None, None, "kv_heads", "head")
     part = Part(dict.fromkeys("kv", _float(shape)), dict.fromkeys("kv", axes))
     rows = _rows(model, "keys", s.n_layers, shape)
     rows += _rows(model, "values", s.n_layers, shape)
-    return Method("prefix", {"prefix": part}, start, rows)
+    return Method("prefix", {"prefix": part}, init, rows=rows)
 
 
 def virtual_count(method: Method) -> int:

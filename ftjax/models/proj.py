@@ -5,8 +5,9 @@ merging, sharding, export) is a loop over `find_sites(model)` and knows no model
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -124,7 +125,8 @@ def site_names(site: Site) -> list[str]:
     return [f"model.{head}.{i}." + ".".join(rest) for i in range(site.layers)]
 
 
-def find_sites(model: nn.Module) -> dict[Path, Site]:
+@lru_cache(maxsize=8)
+def find_sites(model: nn.Module) -> Mapping[Path, Site]:
     """Every projection of a model, traced from shapes alone: {path: Site}."""
     found: dict[Path, Proj] = {}
 

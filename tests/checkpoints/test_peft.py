@@ -18,26 +18,18 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites
 from ftjax.models.registry import spec_from_config
 from tests.goldens import check_peft
-from tests.goldens.weights import write_random
+from tests.goldens.weights import write_adapter
 
 GOLDEN = json.loads(check_peft.OUT.read_text())["cases"]
 SPEC = spec_from_config(check_peft.BASE, "config.json")
 SITES = find_sites(Decoder(SPEC))
 
 
-def write_golden(folder: Path, name: str) -> Path:
-    """The adapter that peft wrote."""
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(GOLDEN[name]["config"]))
-    write_random(folder / "adapter_model.safetensors", GOLDEN[name]["tensors"])
-    return folder
-
-
 @pytest.mark.parametrize("name", GOLDEN)
 def test_what_peft_wrote_means_the_same_here(name: str, tmp_path: Path) -> None:
     base = check_peft.write_base(tmp_path / "base")
     params = load_params(open_weights(base, SPEC), dtype="float32")
-    adapter = load_adapter(write_golden(tmp_path / "adapter", name), SITES)
+    adapter = load_adapter(write_adapter(tmp_path / "adapter", GOLDEN[name]), SITES)
     tokens = jnp.asarray([check_peft.IDS], jnp.int32)
     rows = (tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
     variables = {"params": params, "lora": adapter.lora}
@@ -105,7 +97,7 @@ def test_an_adapter_at_its_start_is_zero() -> None:
 def test_a_config_that_means_something_else_is_refused(
     change: dict[str, Any], part: str, tmp_path: Path
 ) -> None:
-    folder = write_golden(tmp_path, "plain")
+    folder = write_adapter(tmp_path, GOLDEN["plain"])
     config = GOLDEN["plain"]["config"] | change
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as error:
@@ -167,7 +159,7 @@ def _not_a_number(tensors: dict[str, np.ndarray]) -> None:
 def test_tensors_that_do_not_fit_are_refused(
     spoil: Any, part: str, tmp_path: Path
 ) -> None:
-    folder = write_golden(tmp_path, "plain")
+    folder = write_adapter(tmp_path, GOLDEN["plain"])
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     spoil(tensors)

@@ -20,26 +20,18 @@ from ftjax.models.proj import find_sites
 from ftjax.models.registry import spec_from_config
 from tests.goldens import check_peft
 from tests.goldens.check_peft_others import OURS, OUT, moved
-from tests.goldens.weights import write_random
+from tests.goldens.weights import write_adapter
 
 GOLDEN = json.loads(OUT.read_text())["cases"]
 SPEC = spec_from_config(check_peft.BASE, "config.json")
 SITES = find_sites(Decoder(SPEC))
 
 
-def write_golden(folder: Path, name: str) -> Path:
-    """The adapter that peft wrote."""
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(GOLDEN[name]["config"]))
-    write_random(folder / "adapter_model.safetensors", GOLDEN[name]["tensors"])
-    return folder
-
-
 @pytest.mark.parametrize("name", GOLDEN)
 def test_logits_and_gradients_are_those_of_peft(name: str, tmp_path: Path) -> None:
     base = check_peft.write_base(tmp_path / "base")
     params = load_params(open_weights(base, SPEC), dtype="float32")
-    adapter = load_any(write_golden(tmp_path / "adapter", name), SITES, SPEC)
+    adapter = load_any(write_adapter(tmp_path / "adapter", GOLDEN[name]), SITES, SPEC)
     tokens = jnp.asarray([check_peft.IDS], jnp.int32)
     rows = (tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
 
@@ -87,7 +79,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
 def test_what_means_something_else_is_refused(
     name: str, change: dict[str, Any], part: str, tmp_path: Path
 ) -> None:
-    folder = write_golden(tmp_path, name)
+    folder = write_adapter(tmp_path, GOLDEN[name])
     config = GOLDEN[name]["config"] | change
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as error:
@@ -96,7 +88,7 @@ def test_what_means_something_else_is_refused(
 
 
 def test_a_missing_vector_is_refused(tmp_path: Path) -> None:
-    folder = write_golden(tmp_path, "ia3")
+    folder = write_adapter(tmp_path, GOLDEN["ia3"])
     tensors = load_file(folder / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.self_attn.k_proj.ia3_l"
     tensors.pop(key)

@@ -51,6 +51,13 @@ def check(
     return run_cli("check", *options(model, data, *more, method=method), "--json")
 
 
+def finished_run(model: Path, data: Path, workdir: Path) -> Path:
+    """The directory of a short LoRA run that has ended."""
+    flags = options(model, data, "--config.optim.lr=0.01", f"--workdir={workdir}")
+    run_cli("train", *flags).ok()
+    return workdir
+
+
 def evaluate(model: Path, data: Path, *more: str) -> Result:
     return run_cli("evaluate", f"--model={model}", f"--data={data}", "--json", *more)
 

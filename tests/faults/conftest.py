@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import run_cli
-from tests.faults.commands import PAIRS, options, write_rows
+from tests.faults.commands import PAIRS, finished_run, write_rows
 from tests.tiny import make_tiny_checkpoint
 
 
@@ -30,10 +29,7 @@ def pairs(shelf: Path) -> Path:
 @pytest.fixture(scope="session")
 def finished(shelf: Path, tiny: Path, pairs: Path) -> Path:
     """The directory of a LoRA run that has ended; tests only read it."""
-    workdir = shelf / "finished"
-    flags = options(tiny, pairs, "--config.optim.lr=0.01", f"--workdir={workdir}")
-    run_cli("train", *flags).ok()
-    return workdir
+    return finished_run(tiny, pairs, shelf / "finished")
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from tests.faults.commands import (
     copy_model,
     edit_json,
     edit_weights,
+    finished_run,
     options,
     weights,
 )
@@ -41,10 +42,7 @@ def nf4(tiny: Path, shelf: Path) -> Path:
 @pytest.fixture(scope="module")
 def qlora(nf4: Path, pairs: Path, shelf: Path) -> Path:
     """A LoRA run on the quantized folder that has ended; tests only read it."""
-    workdir = shelf / "qlora"
-    flags = options(nf4, pairs, "--config.optim.lr=0.01", f"--workdir={workdir}")
-    run_cli("train", *flags).ok()
-    return workdir
+    return finished_run(nf4, pairs, shelf / "qlora")
 
 
 @pytest.mark.parametrize(

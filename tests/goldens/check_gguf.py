@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tests.goldens.commands import run
+
 IDS = [[11, 29, 31, 15, 13, 25, 19, 27, 17], [40, 5, 270, 90, 33]]
 TEXTS = ["The function returns a list of", "Return the number of items in the"]
 NEXT = 6
@@ -140,4 +142,4 @@ def compare(gguf: Any, found: Any, base: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    {"ours": ours, "theirs": theirs}[sys.argv[1]](Path(sys.argv[2]))
+    run(ours, theirs)

@@ -11,15 +11,14 @@ configuration, shapes and logits: `tests/checkpoints/test_peft.py` loads them ag
 """
 
 import json
-import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.goldens.commands import run
 from tests.goldens.weights import random_tensor, write_random
 
 OUT = Path(__file__).parent / "peft.json"
@@ -289,10 +288,4 @@ def torch_logits(model: Any) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    command, *rest = sys.argv[1:]
-    commands: dict[str, Callable[..., None]] = {
-        "golden": golden,
-        "ours": ours,
-        "theirs": theirs,
-    }
-    commands[command](*map(Path, rest))
+    run(golden, ours, theirs)

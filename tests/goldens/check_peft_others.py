@@ -11,9 +11,7 @@ case keeps what peft writes, its logits, and the gradient of the mean loss of th
 """
 
 import json
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import numpy as np
 
 from tests.goldens import check_peft
 from tests.goldens.check_peft import BASE, IDS, TOLERANCE, write_base
+from tests.goldens.commands import run
 from tests.goldens.weights import random_tensor
 
 OUT = Path(__file__).parent / "peft_others.json"
@@ -155,10 +154,4 @@ def theirs(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    command, *rest = sys.argv[1:]
-    commands: dict[str, Callable[..., None]] = {
-        "golden": golden,
-        "ours": ours,
-        "theirs": theirs,
-    }
-    commands[command](*map(Path, rest))
+    run(golden, ours, theirs)

@@ -15,11 +15,12 @@ compared are the weights that its layers hold, dequantized.
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tests.goldens.commands import run
 
 IDS = [1, 11, 3, 9, 29, 31, 15, 13, 25, 19, 27, 17]
 TOLERANCE = 2e-5
@@ -155,10 +156,4 @@ def logits(model: Any) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    command, *rest = sys.argv[1:]
-    commands: dict[str, Callable[..., None]] = {
-        "ours": ours,
-        "theirs": theirs,
-        "back": back,
-    }
-    commands[command](*map(Path, rest))
+    run(ours, theirs, back)

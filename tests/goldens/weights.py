@@ -5,7 +5,9 @@ the tests make the same checkpoint again.
 """
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -28,6 +30,14 @@ def write_random(path: Path, shapes: dict[str, list[int]]) -> None:
     """A safetensors file with a random tensor for each name."""
     tensors = {name: random_tensor(name, tuple(s)) for name, s in shapes.items()}
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def write_adapter(folder: Path, case: dict[str, Any]) -> Path:
+    """A PEFT adapter: its `config`, and a random tensor for each of its `tensors`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(case["config"]))
+    write_random(folder / "adapter_model.safetensors", case["tensors"])
+    return folder
 
 
 def exact(array: np.ndarray) -> str:
