@@ -14,11 +14,12 @@ from benchmarks.integrals import expected_error
 from ftjax.data.dataset import build_dataset
 from ftjax.data.loader import Loader, row_length
 from ftjax.data.sources import read_rows
-from ftjax.evals.causal import evaluate, make_sum_batch
+from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.loading import load_base, open_base
 from ftjax.methods.quant import plan_quant
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites
+from ftjax.objectives.causal import causal
 from ftjax.quant.formats import Format, make_format
 from ftjax.quant.qtensor import QTensor, quantize
 from ftjax.sharding import batch_sharding, make_mesh
@@ -147,7 +148,7 @@ class Corpus:
         )
         self.model, self.mesh = Decoder(spec, dtype=np.float32), make_mesh()
         self.sites = find_sites(self.model)
-        self.sum_batch = make_sum_batch(self.model, 64)
+        self.sum_batch = make_sum_batch(causal(self.model, 64))
 
     def perplexity(self, name: str) -> dict[str, float]:
         """Of one of FORMATS, or of the base as it is: 'none'.
@@ -161,7 +162,9 @@ class Corpus:
         )
         rows = 4 * self.mesh.size
         batches = self.loader.epoch(rows)
-        return evaluate(self.sum_batch, variables, batches, batch_sharding(self.mesh))
+        return evaluate(
+            self.sum_batch, variables, {}, batches, batch_sharding(self.mesh)
+        )
 
 
 def _quiet(note: str) -> None:

@@ -46,10 +46,11 @@ def _train(request: Request) -> Step:
     from configs import sft
     from ftjax.methods.method import plan_method
     from ftjax.models.decoder import Decoder
+    from ftjax.objectives.causal import causal
     from ftjax.optim import make_optimizer
     from ftjax.sharding import batch_sharding, make_mesh, put_batch
     from ftjax.step import init_state
-    from ftjax.train import compile_step, make_loss, on_mesh
+    from ftjax.train import compile_step, on_mesh
 
     config = sft.get_config(f"method={request.task}")
     config.optim.lr = request.learning_rate
@@ -65,7 +66,7 @@ def _train(request: Request) -> Step:
     tx = make_optimizer(config.optim, steps=1000)
     state = on_mesh(init_state(trained, tx, config.seed), mesh)
     del trained
-    step_fn = compile_step(make_loss(model, config.loss.chunk), tx, state)
+    step_fn = compile_step(causal(model, config.loss.chunk), tx, state)
     sharding = batch_sharding(mesh, leading=1)
 
     def step(index: int) -> float:

@@ -21,8 +21,9 @@ from ftjax.data.dataset import Dataset, build_dataset
 from ftjax.data.loader import Loader, row_length
 from ftjax.data.report import DataReport
 from ftjax.errors import UserError
-from ftjax.evals.causal import evaluate, make_sum_batch
+from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.loading import Base, Policy, open_policy
+from ftjax.objectives.causal import causal
 from ftjax.sharding import batch_sharding, make_mesh
 
 CHUNK = 64  # positions per row that the head handles at a time
@@ -85,8 +86,9 @@ def measure(
     if tell:
         say(report.text())
     found = evaluate(
-        make_sum_batch(policy.model, CHUNK),
+        make_sum_batch(causal(policy.model, CHUNK)),
         policy.variables,
+        {},
         batches,
         batch_sharding(mesh),
     )

@@ -1,11 +1,13 @@
 """One optimizer step as a pure function: `step(state, frozen, batch)`.
 
-The loss returns sums; micro-batches and devices add sums; the division by the weight of
-the whole step happens here, once. So k micro-batches are one big batch, whatever the
-lengths of their rows.
+A loss returns sums; micro-batches and devices add sums. What a term is divided by is
+known from the data of the whole step, before any of it is computed, so every gradient
+is that of the one mean. So k micro-batches are one big batch, whatever the lengths of
+their rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -14,12 +16,41 @@ import jax.numpy as jnp
 import optax
 
 from ftjax import runtime
-from ftjax.losses.causal_lm import Sums
+from ftjax.losses.sums import Sums
 from ftjax.optimizers.schedule_free import gradient_point
 from ftjax.weights import Array, join
 
 PyTree = Any
-Loss = Callable[[PyTree, PyTree, Array], Sums]  # (variables, batch, key) -> Sums
+# (policy, frozen, batch, key) -> Sums; without a key nothing is dropped out.
+Loss = Callable[[PyTree, PyTree, PyTree, Array | None], Sums]
+Totals = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, and what each of its terms is divided by.
+
+    Attributes:
+      loss: of one batch; the policy is what is frozen joined with what is trained.
+      over: {term: leaf of the batch}: a term's sum is divided by the sum of that leaf
+        over the whole step.
+    """
+
+    loss: Loss
+    over: Mapping[str, str]
+
+    def totals(self, batch: PyTree) -> Totals:
+        """What each term is divided by, of a batch or of all the micro-batches."""
+        return {term: jnp.sum(batch[leaf]) for term, leaf in self.over.items()}
+
+
+def mean_loss(sums: Sums, totals: Totals) -> Array:
+    """The sum of all terms, each divided; one that no row contributes to is 0."""
+    parts = [
+        sums.terms[k] / jnp.where(n > 0, n, 1).astype(sums.terms[k].dtype)
+        for k, n in totals.items()
+    ]
+    return sum(parts[1:], parts[0])
 
 
 @flax.struct.dataclass
@@ -43,9 +74,9 @@ def init_state(
 
 
 def make_train_step(
-    loss: Loss, tx: optax.GradientTransformation
+    objective: Objective, tx: optax.GradientTransformation
 ) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, Array]]]:
-    """The step of a loss and an optimizer.
+    """The step of an objective and an optimizer.
 
     `batch` leaves are [k, rows, ...]: k micro-batches, whose gradients are added up in
     float32. An update from a non-finite gradient, or from no trained token at all, is
@@ -57,11 +88,11 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         at = gradient_point(state.opt_state, state.trained)
-        sums, grads = sum_micro_batches(loss, at, frozen, batch, key)
-        weight = jnp.maximum(sums.weight, 1)
-        grads = jax.tree.map(lambda g: g / weight, grads)
-        norm = optax.tree.norm(grads)
-        good = jnp.isfinite(norm) & jnp.isfinite(sums.loss) & (sums.weight > 0)
+        totals = objective.totals(batch)
+        sums, grads = sum_micro_batches(objective, totals, at, frozen, batch, key)
+        loss, norm = mean_loss(sums, totals), optax.tree.norm(grads)
+        some = sum(totals.values()) > 0
+        good = jnp.isfinite(norm) & jnp.isfinite(loss) & some
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         trained, opt_state = jax.tree.map(
@@ -71,9 +102,9 @@ def make_train_step(
         )
         skipped = jnp.where(good, 0, state.skipped + 1)
         metrics = {
-            "loss": sums.loss / weight,
-            "token_accuracy": sums.correct / weight,
-            "weight": sums.weight,
+            "loss": loss,
+            **sums.metrics(),
+            "weight": jnp.sum(batch["weights"]),
             "grad_norm": norm,
             "skipped": skipped,
         }
@@ -102,28 +133,41 @@ def compile_lean(step: Any) -> Callable[[TrainState, PyTree, PyTree], Any]:
 
 
 def sum_micro_batches(
-    loss: Loss, trained: PyTree, frozen: PyTree, batch: PyTree, key: Array
+    objective: Objective,
+    totals: Totals,
+    trained: PyTree,
+    frozen: PyTree,
+    batch: PyTree,
+    key: Array,
 ) -> tuple[Sums, PyTree]:
-    """Sums and the gradient of the summed loss, over micro-batches [k, ...]."""
+    """Sums and the gradient of the mean loss, over micro-batches [k, ...]."""
 
-    def objective(trained: PyTree, micro: PyTree, key: Array) -> tuple[Array, Sums]:
-        sums = loss(join(frozen, trained), micro, key)
-        return sums.loss, sums
+    def share(trained: PyTree, micro: PyTree, key: Array) -> tuple[Array, Sums]:
+        sums = objective.loss(join(frozen, trained), frozen, micro, key)
+        return mean_loss(sums, totals), sums
 
-    grad = jax.value_and_grad(objective, has_aux=True)
+    grad = jax.value_and_grad(share, has_aux=True)
     count = jax.tree.leaves(batch)[0].shape[0]
+    first = jax.tree.map(lambda x: x[0], batch)
     if count == 1:
-        (_, sums), grads = grad(trained, jax.tree.map(lambda x: x[0], batch), key)
+        (_, sums), grads = grad(trained, first, key)
         return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
-    def body(total: Any, item: Any) -> tuple[Any, None]:
+    def body(carry: Any, item: Any) -> tuple[Any, None]:
+        total, grads = carry
         index, micro = item
-        (_, sums), grads = grad(trained, micro, jax.random.fold_in(key, index))
-        return jax.tree.map(
-            lambda t, x: t + x.astype(t.dtype), total, (sums, grads)
-        ), None
+        (_, sums), more = grad(trained, micro, jax.random.fold_in(key, index))
+        grads = jax.tree.map(lambda t, x: t + x.astype(t.dtype), grads, more)
+        return (total.add(sums), grads), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
-    nothing = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
-    total, _ = jax.lax.scan(body, (nothing, zeros), (jnp.arange(count), batch))
+    shapes = jax.eval_shape(lambda: share(trained, first, key)[1])
+    total, _ = jax.lax.scan(body, (nothing(shapes), zeros), (jnp.arange(count), batch))
     return total
+
+
+def nothing(shapes: Sums) -> Sums:
+    """The sums of no rows at all."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    least = {k: jnp.full(x.shape, -jnp.inf, x.dtype) for k, x in shapes.most.items()}
+    return Sums(zeros.terms, zeros.means, least)

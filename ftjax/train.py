@@ -28,20 +28,25 @@ from ftjax.checkpoints.state import Checkpoints
 from ftjax.config import validate
 from ftjax.console import Progress, say
 from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
-from ftjax.evals.causal import evaluate, make_sum_batch
+from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
 from ftjax.loading import Base, public_name
-from ftjax.losses.causal_lm import Sums, causal_lm
 from ftjax.metrics import MetricLog
-from ftjax.models.decoder import Decoder, hidden_and_head
 from ftjax.models.proj import find_sites
+from ftjax.objectives.causal import causal
 from ftjax.optim import make_optimizer, make_schedule
 from ftjax.prepare import Data, Prepared, Shape, load_variables, prepare
 from ftjax.report import write_report
 from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding, put_batch, replicated
 from ftjax.signals import StopRequest
-from ftjax.step import Loss, TrainState, compile_lean, init_state, make_train_step
+from ftjax.step import (
+    Objective,
+    TrainState,
+    compile_lean,
+    init_state,
+    make_train_step,
+)
 from ftjax.weights import join
 from ftjax.workdir import Workdir, compare_values
 
@@ -104,7 +109,8 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             state = checkpoints.restore(first, state)
             done = first >= steps
             say(f"{'done already:' if done else 'continuing after'} step {first}")
-        step_fn = compile_step(make_loss(shape.model, config.loss.chunk), tx, state)
+        objective = causal(shape.model, config.loss.chunk)
+        step_fn = compile_step(objective, tx, state)
         rate = make_schedule(config.optim, steps)
 
         def due(step: int, every: int) -> bool:
@@ -122,10 +128,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             config=settings,
         )
         with log, Progress(steps, start=first) as progress:
-            look = Look(config, ready, log, progress)
+            look = Look(config, ready, objective, frozen, log, progress)
             if not first:
-                look.sample(0, join(frozen, state.trained))
-                meta["best"] = look.evaluate(0, join(frozen, state.trained))
+                look.sample(0, state.trained)
+                meta["best"] = look.evaluate(0, state.trained)
             clock = Clock(steps - first, meta["seconds"])
             batches = micro_batches(data, config, first, steps)
             for step, values, now in run_steps(
@@ -144,9 +150,9 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                     continue
                 state, score, better = now, None, False
                 if due(step, c.sample_every):
-                    look.sample(step, join(frozen, state.trained))
+                    look.sample(step, state.trained)
                 if due(step, c.eval_every):
-                    score = look.evaluate(step, join(frozen, state.trained))
+                    score = look.evaluate(step, state.trained)
                     better = score is not None and not score >= meta["best"]
                     meta["best"] = score if better else meta["best"]
                 kept = better and c.keep_best > 0
@@ -167,52 +173,50 @@ class Look:
     """Samples and evaluates along the way, and writes down what it finds."""
 
     def __init__(
-        self, config: Any, ready: Prepared, log: MetricLog, progress: Progress
+        self,
+        config: Any,
+        ready: Prepared,
+        objective: Objective,
+        frozen: PyTree,
+        log: MetricLog,
+        progress: Progress,
     ):
         c, data = config.train, ready.data
-        self.ready, self.log, self.progress = ready, log, progress
+        self.ready, self.frozen, self.log, self.progress = ready, frozen, log, progress
         self.rows, self.sample_tokens = c.batch_size // c.accumulate, c.sample_tokens
         self.sharding = batch_sharding(ready.mesh)
-        self.sum_batch = make_sum_batch(ready.shape.model, config.loss.chunk)
+        self.sum_batch = make_sum_batch(objective)
         self.prompts = pick_prompts(
             data.eval or data.train, ready.base.tokenizer, c.sample_rows
         )
 
-    def sample(self, step: int, variables: PyTree) -> None:
+    def sample(self, step: int, trained: PyTree) -> None:
         """Answers the held-out prompts."""
         if not self.prompts:
             return
         base, dtype = self.ready.base, self.ready.shape.dtype
-        generator = Generator(base.spec, variables, dtype=dtype, eos_ids=base.eos_ids)
+        policy = join(self.frozen, trained)
+        generator = Generator(base.spec, policy, dtype=dtype, eos_ids=base.eos_ids)
         texts = answer(generator, base.tokenizer, self.prompts, self.sample_tokens)
         for prompt, text in zip(self.prompts, texts, strict=True):
             self.log.write_sample(step, prompt.text, text, prompt.reference)
 
-    def evaluate(self, step: int, variables: PyTree) -> float | None:
+    def evaluate(self, step: int, trained: PyTree) -> float | None:
         """The eval loss, or None where there is no eval data."""
         loader = self.ready.data.eval_loader
         if loader is None:
             return None
-        batches = loader.epoch(self.rows)
-        found = evaluate(self.sum_batch, variables, batches, self.sharding)
+        policy, batches = join(self.frozen, trained), loader.epoch(self.rows)
+        found = evaluate(self.sum_batch, policy, self.frozen, batches, self.sharding)
         self.log.write(step, "eval", **found)
         self.progress.note(describe.evaluation(step, found))
         return found["loss"]
 
 
-def make_loss(model: Decoder, chunk: int) -> Loss:
-    """The objective of SFT and of plain text: the weights tell them apart."""
-
-    def loss(variables: PyTree, batch: PyTree, key: jax.Array) -> Sums:
-        return causal_lm(*hidden_and_head(model, variables, batch, key), batch, chunk)
-
-    return loss
-
-
-def compile_step(loss: Loss, tx: Any, state: TrainState) -> Any:
+def compile_step(objective: Objective, tx: Any, state: TrainState) -> Any:
     """The jitted step; the state is given up to it, and keeps its shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = make_train_step(loss, tx)
+    step = make_train_step(objective, tx)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return compile_lean(jitted)
 

@@ -13,6 +13,7 @@ from ftjax.methods.method import plan_method
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites, init_params
 from ftjax.models.spec import ModelSpec
+from ftjax.objectives.causal import causal
 
 SPEC = ModelSpec("llama", 96, 32, 2, 4, 2, 8, 48, tied=True)
 
@@ -109,3 +110,8 @@ def small_batch(
 def micro(batch: dict[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
     """The batch as `k` micro-batches."""
     return {n: x.reshape(k, -1, *x.shape[1:]) for n, x in batch.items()}
+
+
+def nll(model: Decoder, variables: Any, batch: Any, key: Any = None) -> Any:
+    """The summed negative log-likelihood of the trained tokens."""
+    return causal(model, 8).loss(variables, {}, batch, key).terms["nll"]

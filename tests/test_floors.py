@@ -37,6 +37,7 @@ FLOORS = {
     "ftjax.methods": 2,
     "ftjax.checkpoints": 3,
     "ftjax.evals": 3,
+    "ftjax.objectives": 3,
     "ftjax.rollout": 3,
     "ftjax.adapters": 4,
     "ftjax.cli": 4,

@@ -16,9 +16,9 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.names import model_weights
 from ftjax.models.proj import find_sites, put, site_names
 from ftjax.models.registry import spec_from_config
+from ftjax.objectives.causal import causal
 from ftjax.optim import make_optimizer
 from ftjax.step import init_state, make_train_step
-from ftjax.train import make_loss
 from tests.goldens import make_steps
 from tests.goldens.weights import random_tensor, write_random
 from tests.models_small import split
@@ -118,7 +118,7 @@ def test_steps_equal_torch(method: str, micro: int, tmp_path: Path) -> None:
     )
     tx = make_optimizer(optim, make_steps.STEPS)
     state = init_state(trained, tx, seed=0)
-    step = jax.jit(make_train_step(make_loss(model, chunk=8), tx))
+    step = jax.jit(make_train_step(causal(model, chunk=8), tx))
     losses, norms = [], []
     for _ in range(make_steps.STEPS):
         state, metrics = step(state, frozen, batch(micro))

@@ -11,11 +11,11 @@ from ftjax.methods.method import plan_method
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import abstract_params
 from ftjax.models.spec import ModelSpec
+from ftjax.objectives.causal import causal
 from ftjax.optim import make_optimizer
 from ftjax.prepare import Shape
 from ftjax.sharding import make_mesh
 from ftjax.step import init_state, make_train_step
-from ftjax.train import make_loss
 from tests.models_small import lora_config, optim_config
 
 SPEC = ModelSpec("llama", 512, 64, 4, 4, 2, 16, 160, tied=True)
@@ -36,7 +36,7 @@ def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
     row = jax.ShapeDtypeStruct((1, ROWS, LENGTH), jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), row)
     batch["weights"] = jax.ShapeDtypeStruct(row.shape, jnp.float32)
-    step = jax.jit(make_train_step(make_loss(model, 32), tx), donate_argnums=0)
+    step = jax.jit(make_train_step(causal(model, 32), tx), donate_argnums=0)
     found = step.lower(state, frozen, batch).compile().memory_analysis()
     assert found is not None
     real = (

@@ -7,16 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax.losses.sums import Sums
 from ftjax.methods.lora import lora_axes
 from ftjax.models.decoder import Decoder, hidden_and_head
 from ftjax.models.proj import params_axes
+from ftjax.objectives.causal import causal
 from ftjax.optim import make_optimizer
 from ftjax.sharding import batch_sharding, make_mesh, put_batch, shard_tree
-from ftjax.step import init_state, make_train_step, sum_micro_batches
-from ftjax.train import compile_step, make_loss, on_mesh
+from ftjax.step import Objective, init_state, make_train_step, sum_micro_batches
+from ftjax.train import compile_step, on_mesh
 from tests.models_small import (
     SPEC,
     micro,
+    nll,
     optim_config,
     small_batch,
     small_lora,
@@ -39,29 +42,33 @@ def test_micro_batches_are_one_big_batch_in_float64(method: str) -> None:
         trained, frozen = parts(method, model, params, live=True)
         trained = jax.tree.map(lambda x: x.astype(jnp.float64), trained)
 
-        def loss(variables: Any, batch: Any, key: Any) -> Any:
-            from ftjax.losses.causal_lm import Sums
-
+        def loss(variables: Any, frozen: Any, batch: Any, key: Any) -> Sums:
             hidden, head = hidden_and_head(model, variables, batch)
             logits = jnp.einsum("BTD,DV->BTV", hidden, head)
             lp = jax.nn.log_softmax(logits)
             at = jnp.take_along_axis(lp, batch["targets"][..., None], axis=-1)[..., 0]
             w = batch["weights"].astype(jnp.float64)
-            return Sums(-jnp.sum(w * at), jnp.sum(w), jnp.sum(w))
+            return Sums({"nll": -jnp.sum(w * at)}, {}, {})
 
         key = jax.random.key(0)
-        whole = sum_micro_batches(loss, trained, frozen, micro(small_batch(), 1), key)
-        weight = float(whole[0].weight)
+        objective = Objective(loss, {"nll": "weights"})
+        totals = objective.totals(small_batch())
+
+        def summed(k: int) -> Any:
+            batch = micro(small_batch(), k)
+            return sum_micro_batches(objective, totals, trained, frozen, batch, key)
+
+        (sums, grads), weight = summed(1), float(totals["nll"])
         for k in (2, 4, 8):
-            cut = sum_micro_batches(loss, trained, frozen, micro(small_batch(), k), key)
-            assert float(cut[0].weight) == weight
+            found, cut = summed(k)
             # The sums are kept in float32; their inputs here are exact to 1e-16.
+            np.testing.assert_allclose(
+                found.terms["nll"], sums.terms["nll"], rtol=0, atol=2e-6 * weight
+            )
             jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(
-                    a, b, rtol=0, atol=2e-6 * weight
-                ),
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6),
                 cut,
-                whole,
+                grads,
             )
 
 
@@ -71,7 +78,7 @@ def test_micro_batches_of_unequal_tokens_give_the_same_update(method: str) -> No
     trained, frozen = parts(method, model, params)
     # A large eps: Adam makes a step of a gradient that is nothing but rounding.
     tx = make_optimizer(optim_config(eps=1e-3), 10)
-    step = jax.jit(make_train_step(make_loss(model, 8), tx))
+    step = jax.jit(make_train_step(causal(model, 8), tx))
     results = []
     for k in (1, 4):
         state = init_state(trained, tx, 0)
@@ -94,7 +101,7 @@ def test_four_devices_give_the_numbers_of_one(
     model, params = small_model()
     trained, frozen = parts(method, model, params, live=True)
     alone = init_state(trained, tx, 0)
-    one = jax.jit(make_train_step(make_loss(model, 8), tx))
+    one = jax.jit(make_train_step(causal(model, 8), tx))
 
     mesh = make_mesh(*axes)
     spread_model = Decoder(SPEC, mesh=mesh)
@@ -105,7 +112,7 @@ def test_four_devices_give_the_numbers_of_one(
     lora = jax.device_put(lora, shard_tree(lora, lora_axes(plan), mesh))
     spread, spread_frozen = split(method, {"params": placed}, lora)
     state = on_mesh(init_state(spread, tx, 0), mesh)
-    many = compile_step(make_loss(spread_model, 8), tx, state)
+    many = compile_step(causal(spread_model, 8), tx, state)
     sharding = batch_sharding(mesh, leading=1)
     for i in range(3):
         batch = micro(small_batch(seed=i), 1)
@@ -128,7 +135,7 @@ def test_an_update_that_is_not_finite_is_left_out() -> None:
     model, params = small_model()
     trained, frozen = parts("lora", model, params, live=True)
     tx = make_optimizer(optim_config(), 10)
-    step = jax.jit(make_train_step(make_loss(model, 8), tx))
+    step = jax.jit(make_train_step(causal(model, 8), tx))
     state = init_state(trained, tx, 0)
     poisoned = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), frozen)
     bad, metrics = step(state, poisoned, micro(small_batch(), 1))
@@ -151,7 +158,7 @@ def test_a_batch_without_trained_tokens_changes_nothing() -> None:
     model, params = small_model()
     trained, frozen = parts("lora", model, params, live=True)
     tx = make_optimizer(optim_config(weight_decay=0.1), 10)
-    step = jax.jit(make_train_step(make_loss(model, 8), tx))
+    step = jax.jit(make_train_step(causal(model, 8), tx))
     state = init_state(trained, tx, 0)
     batch = small_batch()
     batch["weights"][:] = 0
@@ -164,11 +171,10 @@ def test_dropout_depends_on_seed_and_step_and_spares_evaluation() -> None:
     model, params = small_model()
     trained, frozen = parts("lora", model, params, live=True, dropout=0.5)
     batch = small_batch()
-    loss = make_loss(model, 8)
     variables = {**frozen, **trained}
-    a, b = (float(loss(variables, batch, jax.random.key(s)).loss) for s in (0, 1))
+    a, b = (float(nll(model, variables, batch, jax.random.key(s))) for s in (0, 1))
     assert a != b
-    assert a == float(loss(variables, batch, jax.random.key(0)).loss)
+    assert a == float(nll(model, variables, batch, jax.random.key(0)))
     still = hidden_and_head(model, variables, batch)[0]
     plain = {**frozen, **parts("lora", model, params, live=True)[0]}
     np.testing.assert_array_equal(still, hidden_and_head(model, plain, batch)[0])
@@ -182,9 +188,8 @@ def test_recomputing_changes_no_number(remat: str) -> None:
     batch = small_batch()
 
     def grads(which: Decoder) -> Any:
-        loss = make_loss(which, 8)
         key = jax.random.key(0)
-        return jax.grad(lambda t: loss({**frozen, **t}, batch, key).loss)(trained)
+        return jax.grad(lambda t: nll(which, {**frozen, **t}, batch, key))(trained)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),

@@ -8,20 +8,12 @@ on the shifted labels.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from ftjax.losses.logprobs import chunked_nll
+from ftjax.losses.sums import Sums, Term
 from ftjax.weights import Array
-
-
-class Sums(NamedTuple):
-    """What a loss returns: the step adds them up and divides once."""
-
-    loss: Array  # [], sum of weight * loss
-    weight: Array  # [], sum of weights
-    correct: Array  # [], weight of tokens that the model ranks first
 
 
 def causal_lm(
@@ -30,4 +22,5 @@ def causal_lm(
     """The loss of a batch with `targets` int32 and `weights` float32, both [B, T]."""
     weights = batch["weights"]
     nll = chunked_nll(hidden_BTD, head_DV, batch["targets"], weights, chunk)
-    return Sums(nll.sum, jnp.sum(weights), nll.correct)
+    accuracy = Term(nll.correct, jnp.sum(weights))
+    return Sums({"nll": nll.sum}, {"token_accuracy": accuracy}, {})

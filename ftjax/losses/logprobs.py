@@ -65,9 +65,10 @@ def _backward(chunk: int, saved: Any, cotangents: Any) -> Any:
         return None, None, None, None
     dhidden, dhead = saved
     if dhidden is not None:
-        dhidden = dhidden * g.astype(dhidden.dtype)
+        # The factor is 1 / tokens, which bfloat16 would round by as much as 0.4 %.
+        dhidden = (dhidden.astype(jnp.float32) * g).astype(dhidden.dtype)
     if dhead is not None:
-        dhead = dhead * g.astype(dhead.dtype)
+        dhead = (dhead.astype(jnp.float32) * g).astype(dhead.dtype)
     return dhidden, dhead, None, None
 
 

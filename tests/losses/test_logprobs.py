@@ -12,9 +12,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from ftjax.losses.logprobs import chunked_nll
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import abstract_params
+from ftjax.objectives.causal import causal
 from ftjax.optim import make_optimizer
 from ftjax.step import init_state, make_train_step
-from ftjax.train import make_loss
 from tests.models_small import (
     SPEC,
     micro,
@@ -136,7 +136,7 @@ def step_jaxpr(method: str, chunk: int) -> tuple[Jaxpr, int, int]:
     tx = make_optimizer(optim_config(), 10)
     state = jax.eval_shape(lambda trained: init_state(trained, tx, 0), trained)
     batch = micro(small_batch(), 1)
-    step = make_train_step(make_loss(model, chunk), tx)
+    step = make_train_step(causal(model, chunk), tx)
     jaxpr = jax.make_jaxpr(step)(state, frozen, batch)
     tokens = batch["tokens"].size
     return jaxpr.jaxpr, tokens * spec.vocab_size, spec.d_model * spec.vocab_size

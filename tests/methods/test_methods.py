@@ -15,12 +15,13 @@ from ftjax.methods.parts import Method
 from ftjax.models.cached import cached_logits, init_cache, split_layers
 from ftjax.models.decoder import Decoder, hidden_and_head
 from ftjax.models.proj import params_axes
+from ftjax.objectives.causal import causal
 from ftjax.optim import make_optimizer
 from ftjax.sharding import batch_sharding, make_mesh, put_batch, shard_tree
 from ftjax.step import init_state, make_train_step
-from ftjax.train import compile_step, make_loss, on_mesh
+from ftjax.train import compile_step, on_mesh
 from ftjax.weights import join
-from tests.models_small import SPEC, micro, optim_config, small_batch, small_model
+from tests.models_small import SPEC, micro, nll, optim_config, small_batch, small_model
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora-norms": {"name": "lora", "rank": 4, "also_train": ".*norm"},
@@ -57,7 +58,7 @@ def trained_for(kind: str, steps: int = 2) -> tuple[Any, Any, Any]:
     model, params = small_model()
     trained, frozen = method(kind).start({"params": params}, 0)
     tx = make_optimizer(optim_config(), 10)
-    step = jax.jit(make_train_step(make_loss(model, 8), tx))
+    step = jax.jit(make_train_step(causal(model, 8), tx))
     state = init_state(trained, tx, 0)
     for i in range(steps):
         state, metrics = step(state, frozen, micro(small_batch(seed=i), 2))
@@ -123,7 +124,7 @@ def test_four_devices_give_the_numbers_of_one(kind: str) -> None:
     trained = jax.device_put(jax.tree.map(jnp.copy, trained), places)
     tx = make_optimizer(optim_config(), 10)
     state = on_mesh(init_state(trained, tx, 0), mesh)
-    step = compile_step(make_loss(Decoder(SPEC, mesh=mesh), 8), tx, state)
+    step = compile_step(causal(Decoder(SPEC, mesh=mesh), 8), tx, state)
     for i in range(2):
         batch = micro(small_batch(seed=i), 2)
         state, _ = step(
@@ -137,11 +138,10 @@ def test_four_devices_give_the_numbers_of_one(kind: str) -> None:
 def test_a_parted_stack_has_the_gradient_of_the_whole() -> None:
     model, params = small_model()
     batch, key = small_batch(), jax.random.key(0)
-    loss = make_loss(model, 8)
 
     def gradient(kind: str) -> Any:
         trained, frozen = method(kind).start({"params": params}, 0)
-        return jax.grad(lambda t: loss(join(frozen, t), batch, key).loss)(trained)
+        return jax.grad(lambda t: nll(model, join(frozen, t), batch, key))(trained)
 
     last, both = gradient("freeze-last"), gradient("freeze-all-layers")
     jax.tree.map(

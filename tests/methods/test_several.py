@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from ftjax.errors import UserError
-from ftjax.evals.causal import make_sum_batch
+from ftjax.evals.measure import make_sum_batch
 from ftjax.methods.lora import merge
 from ftjax.methods.several import Update, combine, stack
+from ftjax.objectives.causal import causal
 from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding, make_mesh, shard_tree
 from ftjax.weights import Delta, choose
@@ -137,16 +138,20 @@ def test_rows_split_over_a_mesh(updates: list[Update]) -> None:
     lora, axes = stack([None, *updates])
     use = [3, 1, 0, 2]
     batch = {k: jnp.tile(v[:1], (4, 1)) for k, v in small_batch().items()}
-    sums = make_sum_batch(model, 8)
-    alone = sums(choose({"params": params, "lora": lora}, use), batch)
+    sums = make_sum_batch(causal(model, 8))
+
+    def loss(variables: Any, batch: Any) -> Any:
+        return sums(variables, {}, batch)[0].terms["nll"]
+
+    alone = loss(choose({"params": params, "lora": lora}, use), batch)
     mesh = make_mesh(data=2, fsdp=2)
     split = jax.device_put(lora, shard_tree(lora, axes, mesh))
     spread = jax.device_put(batch, batch_sharding(mesh))
     variables = choose({"params": params, "lora": split}, use)
-    np.testing.assert_allclose(sums(variables, spread).loss, alone.loss, rtol=1e-6)
-    each = [sums(choose({"params": params, "lora": lora}, [k] * 4), batch) for k in use]
-    wanted = np.mean([one.loss for one in each])
-    np.testing.assert_allclose(alone.loss, wanted, rtol=1e-5)
+    np.testing.assert_allclose(loss(variables, spread), alone, rtol=1e-6)
+    each = [loss(choose({"params": params, "lora": lora}, [k] * 4), batch) for k in use]
+    wanted = np.mean(each)
+    np.testing.assert_allclose(alone, wanted, rtol=1e-5)
 
 
 def test_rows_must_choose(updates: list[Update]) -> None:

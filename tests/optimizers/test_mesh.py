@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.losses.causal_lm import Sums
+from ftjax.losses.sums import Sums
 from ftjax.memory import estimate
 from ftjax.methods.lora import lora_axes
 from ftjax.methods.method import plan_method
@@ -19,7 +19,7 @@ from ftjax.optimizers import adam8
 from ftjax.optimizers.settings import NAMES
 from ftjax.prepare import Shape
 from ftjax.sharding import batch_sharding, make_mesh, put_batch, shard_tree
-from ftjax.step import init_state, make_train_step
+from ftjax.step import Objective, init_state, make_train_step
 from ftjax.train import compile_step, on_mesh
 from tests.models_small import (
     SPEC,
@@ -59,12 +59,15 @@ def on_each_device(tree: Any) -> int:
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
-def bowl(variables: Any, batch: Any, key: Any) -> Sums:
+OVER = {"bowl": "weights"}
+
+
+def bowl(variables: Any, frozen: Any, batch: Any, key: Any) -> Sums:
     """A loss with its least at one, quick to compile: only the optimizer is tried."""
     rows = jnp.sum(batch["weights"])
     leaves = jax.tree.leaves(variables)
     loss = sum(jnp.sum(jnp.square(x - 1)) for x in leaves) * rows
-    return Sums(loss, rows, rows)
+    return Sums({"bowl": loss}, {}, {})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,11 +76,12 @@ def test_four_devices_give_the_numbers_of_one(name: str) -> None:
     mesh = make_mesh(2, 2)
     shape, spread, _ = spread_over(mesh, "full")
     trained = jax.tree.map(lambda x: jnp.asarray(np.array(x)), spread)
-    tx = make_optimizer(config, 10, shape.matrices)
-    alone, one = init_state(trained, tx, 0), jax.jit(make_train_step(bowl, tx))
+    tx, objective = make_optimizer(config, 10, shape.matrices), Objective(bowl, OVER)
+    alone = init_state(trained, tx, 0)
+    one = jax.jit(make_train_step(objective, tx))
     state = on_mesh(init_state(spread, tx, 0), mesh)
     places = jax.tree.map(lambda x: x.sharding, state)
-    many = compile_step(bowl, tx, state)
+    many = compile_step(objective, tx, state)
     sharding = batch_sharding(mesh, leading=1)
     batch = {"weights": np.ones((1, 4), np.float32)}
     for _ in range(3):

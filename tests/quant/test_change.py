@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 
-from ftjax.evals.causal import evaluate, make_sum_batch
 from ftjax.evals.change import change
+from ftjax.evals.measure import evaluate, make_sum_batch
+from ftjax.objectives.causal import causal
 from ftjax.sharding import batch_sharding, make_mesh
 from tests.models_small import small_batch, small_model
 from tests.quant.test_model import KINDS, quantized
@@ -18,7 +19,7 @@ def test_the_change_of_predictions() -> None:
     same = change(model, before, before, batches, sharding)
     assert same["kl"] == 0 and same["logits_max"] == 0 and same["agree"] == 1
     found = change(model, before, after, batches, sharding)
-    usual = evaluate(make_sum_batch(model, 8), after, batches, sharding)
+    usual = evaluate(make_sum_batch(causal(model, 8)), after, {}, batches, sharding)
     assert (
         found["tokens"] == usual["tokens"] == sum(b["weights"].sum() for b in batches)
     )

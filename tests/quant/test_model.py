@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from configs.common import method_config
-from ftjax.losses.causal_lm import Sums
 from ftjax.methods.method import plan_method
 from ftjax.methods.quant import (
     abstract_quant,
@@ -27,8 +26,7 @@ from ftjax.quant.formats import Format
 from ftjax.quant.qtensor import quantize
 from ftjax.rollout import Generator
 from ftjax.sharding import make_mesh, shard_tree
-from ftjax.train import make_loss
-from tests.models_small import SPEC, moved, small_batch, small_lora, small_model
+from tests.models_small import SPEC, moved, nll, small_batch, small_lora, small_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"format": "nf4", "group": 32},
@@ -79,16 +77,13 @@ def get(tree: Any, path: Path) -> Any:
     return tree
 
 
-def loss_and_grads(model: Decoder, base: Any, lora: Any) -> tuple[Sums, Any]:
+def loss_and_grads(model: Decoder, base: Any, lora: Any) -> tuple[Any, Any]:
     batch, key = small_batch(), jax.random.key(0)
-    loss = make_loss(model, 8)
 
-    def objective(lora: Any) -> tuple[Any, Sums]:
-        sums = loss({**base, "lora": lora}, batch, key)
-        return sums.loss, sums
+    def objective(lora: Any) -> Any:
+        return nll(model, {**base, "lora": lora}, batch, key)
 
-    (_, sums), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(lora)
-    return sums, grads
+    return jax.jit(jax.value_and_grad(objective))(lora)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,10 +140,10 @@ def test_no_dense_weight_waits_for_the_backward_pass(kind: str, remat: str) -> N
     plan = plan_quant(sites, quant_config(**changes))
     base = {"params": without(params, plan), "quant": abstract_quant(sites, plan)}
     lora = small_lora(model)[1]
-    loss, batch = make_loss(model, 8), small_batch(rows=2, length=12)
+    batch = small_batch(rows=2, length=12)
 
     def objective(lora: Any, base: Any) -> Any:
-        return loss({**base, "lora": lora}, batch, jax.random.key(0)).loss
+        return nll(model, {**base, "lora": lora}, batch, jax.random.key(0))
 
     step = jax.value_and_grad(objective)
     dense = spec.n_layers * spec.d_model * spec.d_ff
@@ -166,7 +161,7 @@ def test_the_walk_sees_dense_weights_where_they_wait() -> None:
     model, params = small_model()
     base = quantized(model, params)
     lora = small_lora(model)[1]
-    loss, batch = make_loss(model, 8), small_batch(rows=2, length=12)
+    batch = small_batch(rows=2, length=12)
 
     def objective(lora: Any) -> Any:
         def body(total: Any, codes: Any) -> Any:
@@ -175,7 +170,7 @@ def test_the_walk_sees_dense_weights_where_they_wait() -> None:
         w = base["quant"]["layers"]["mlp"]["up_proj"]["w"]
         extra, _ = jax.lax.scan(body, jnp.zeros(()), w)
         variables = {**base, "lora": lora}
-        return extra + loss(variables, batch, jax.random.key(0)).loss
+        return extra + nll(model, variables, batch, jax.random.key(0))
 
     dense = SPEC.n_layers * SPEC.d_model * SPEC.d_ff
     assert dense in set(
@@ -263,9 +258,9 @@ def test_other_methods_train_and_generate_beside_codes(name: str) -> None:
     trained = jax.tree.map(moved, method.start(base, 0)[0])
 
     def grads(frozen: Any) -> Any:
-        loss, key = make_loss(model, 8), jax.random.key(0)
+        key = jax.random.key(0)
         return jax.jit(
-            jax.grad(lambda t: loss({**frozen, **t}, small_batch(), key).loss)
+            jax.grad(lambda t: nll(model, {**frozen, **t}, small_batch(), key))
         )(trained)
 
     jax.tree.map(

@@ -1,0 +1,1 @@
+"""From packed rows, through the model, to a loss: one file, one objective."""
