@@ -9,8 +9,17 @@ from typing import Any
 import numpy as np
 
 from ftjax.data import encode as enc
+from ftjax.data.groups import (
+    MEMBERS,
+    VALUES,
+    Group,
+    mismatched,
+    read_groups,
+    refuse_no_signal,
+    same_prompt,
+)
 from ftjax.data.report import DataReport, Tally
-from ftjax.data.schema import Conversation, Sample, normalise
+from ftjax.data.schema import Conversation
 from ftjax.data.sources import Row, RowReader, read_rows
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.errors import UserError
@@ -27,11 +36,21 @@ class Dataset:
     Attributes:
       examples: in the order of the source.
       hashes: uint64 [n], equal where two examples have equal ids.
+      groups: the examples that belong together, by their indices: one alone, or the
+        chosen and the rejected of a pair.
+      values: float32, one number per group, by name.
+      members: of a group, at most.
     """
 
     examples: list[enc.Example]
     report: DataReport
     hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    groups: list[tuple[int, ...]] = field(default_factory=list)
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    members: int = 1
+
+    def __post_init__(self) -> None:
+        self.groups = self.groups or [(i,) for i in range(len(self.examples))]
 
     def fingerprint(self) -> str:
         """A hash of every example in order: equal data, equal fingerprint."""
@@ -40,6 +59,8 @@ class Dataset:
             digest.update(len(example.ids).to_bytes(4, "little"))
             digest.update(example.ids.astype("<i4").tobytes())
             digest.update(example.trained.tobytes())
+        for name, values in self.values.items():
+            digest.update(name.encode() + values.tobytes())
         return digest.hexdigest()
 
 
@@ -50,6 +71,7 @@ def build_dataset(
     *,
     vocab_size: int,
     split: str,
+    reads: str = "answers",
 ) -> Dataset:
     """Reads, checks and encodes a source.
 
@@ -61,6 +83,7 @@ def build_dataset(
       vocab_size: the rows of the model's embedding.
       split: 'train' or 'eval': what the data is for, and which part of the shipped data
         is read; for 'eval', `eval_rows` rows spread evenly over the source are kept.
+      reads: the kind of rows that the task wants; see `groups`.
 
     Raises:
       UserError: a bad row (unless they are skipped), a token id outside the vocabulary,
@@ -78,20 +101,49 @@ def build_dataset(
     rows: Iterable[Row] = reader
     if split == "eval" and data_config.eval_rows:
         rows = _spread(list(reader), data_config.eval_rows)
-    samples = _samples(rows, report, tokenizer.template is not None, skip)
-    examples: list[enc.Example] = []
-    while chunk := list(islice(samples, CHUNK)):
-        outcomes = enc.encode_all(chunk, tokenizer, rules, notes)
-        _collect(outcomes, examples, report, skip)
+    groups = _groups(rows, report, tokenizer.template is not None, skip, reads)
+    kept: list[tuple[Group, tuple[enc.Example, ...]]] = []
+    while chunk := list(islice(groups, CHUNK)):
+        samples = [sample for group in chunk for sample in group.samples]
+        outcomes = iter(enc.encode_all(samples, tokenizer, rules, notes))
+        for group in chunk:
+            made = [next(outcomes) for _ in group.samples]
+            if examples := _kept(made, report, skip, notes):
+                kept.append((group, examples))
     _take_over(reader, report)
     _check_pairs(report, source)
-    report.kept = len(examples)
-    if not examples:
+    if not kept:
         raise _nothing_left(report, source)
-    _check_ids(examples, vocab_size)
-    hashes = _account(examples, report)
-    _warn(report, notes, tokenizer, examples[0])
-    return Dataset(examples, report, hashes)
+    data = _gather(kept, report, reads, rules.max_length)
+    report.kept = len(data.groups)
+    refuse_no_signal(source, reads, data.values)
+    _check_ids(data.examples, vocab_size)
+    data.hashes = _account(data.examples, report)
+    _warn(report, notes, tokenizer, data.examples[0])
+    return data
+
+
+def _gather(
+    kept: list[tuple[Group, tuple[enc.Example, ...]]],
+    report: DataReport,
+    reads: str,
+    most: int,
+) -> Dataset:
+    """The examples of all groups in one list, and the groups as indices into it."""
+    if reads == "rated":
+        own = [examples[0] for _, examples in kept]
+        pairs = zip(own, mismatched(own, most), strict=True)
+        kept = [(group, both) for (group, _), both in zip(kept, pairs, strict=True)]
+    examples = [example for _, members in kept for example in members]
+    places = iter(range(len(examples)))
+    indices = [tuple(next(places) for _ in members) for _, members in kept]
+    values = {
+        name: np.array([g.values.get(name, 0) for g, _ in kept], np.float32)
+        for name in VALUES[reads]
+    }
+    return Dataset(
+        examples, report, groups=indices, values=values, members=MEMBERS[reads]
+    )
 
 
 def _rules(data_config: Any) -> enc.Rules:
@@ -124,42 +176,65 @@ def _spread(rows: list[Row], count: int) -> list[Row]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def _samples(
-    rows: Iterable[Row], report: DataReport, has_template: bool, skip: bool
-) -> Iterator[Sample]:
+def _groups(
+    rows: Iterable[Row],
+    report: DataReport,
+    has_template: bool,
+    skip: bool,
+    reads: str,
+) -> Iterator[Group]:
     for row in rows:
         report.read += 1
         try:
-            found = normalise(row, has_template)
+            found = read_groups(row, has_template, reads)
         except UserError as error:
             if not skip:
                 raise
             report.skip(error.what, str(error.where))
             continue
-        report.schemas.setdefault(found.schema, Tally()).add(row.where)
-        report.conversations += isinstance(found.sample, Conversation)
-        if found.identical:
+        first = found[0]
+        report.schemas.setdefault(first.schema, Tally()).add(row.where)
+        report.conversations += isinstance(first.samples[0], Conversation)
+        if first.identical:
             report.identical.add(row.where)
-        for column in found.ignored:
+        for column in first.ignored:
             report.ignored.setdefault(column, Tally()).add(row.where)
-        yield found.sample
+        yield from found
 
 
-def _collect(
-    outcomes: list[enc.Outcome],
-    examples: list[enc.Example],
-    report: DataReport,
-    skip: bool,
-) -> None:
+def _kept(
+    outcomes: list[enc.Outcome], report: DataReport, skip: bool, notes: enc.Notes
+) -> tuple[enc.Example, ...]:
+    """The examples of a group; none where one of its members is left out."""
+    kept = []
     for outcome in outcomes:
         if isinstance(outcome, enc.Example):
-            examples.append(outcome)
+            kept.append(outcome)
         elif isinstance(outcome, enc.Dropped):
             report.drop(outcome.reason, outcome.where)
+            return ()
         elif skip:
             report.skip(outcome.what, str(outcome.where))
+            return ()
         else:
             raise outcome
+    if len(kept) == 2 and not _differ(kept, report, notes):
+        return ()
+    return tuple(kept)
+
+
+def _differ(pair: list[enc.Example], report: DataReport, notes: enc.Notes) -> bool:
+    """Whether the sides of a pair differ, in what the model sees of them."""
+    chosen, rejected = pair
+    if np.array_equal(chosen.ids, rejected.ids):
+        cut = chosen.lost or rejected.lost
+        report.drop(enc.SAME_CUT if cut else enc.SAME, chosen.where)
+        return False
+    if not same_prompt((chosen, rejected)):
+        notes.add(
+            "the sides of a pair differ within a token of the prompt", chosen.where
+        )
+    return True
 
 
 def _take_over(reader: RowReader, report: DataReport) -> None:
@@ -180,17 +255,17 @@ def _check_pairs(report: DataReport, source: str) -> None:
     same, rows = report.identical, report.read - report.skipped_rows
     if rows and same.count == rows:
         raise UserError(
-            "every row has the same `text` and `rejected_text`: the pairs carry no "
+            "every row has the same accepted and rejected text: the pairs carry no "
             "preference",
             where=source,
             got=f"identical: {same}",
-            fix="make the pairs again; or delete the column `rejected_text`, to train "
-            "on `text` alone",
+            fix="make the pairs again; or delete the rejected texts, to imitate the "
+            "accepted ones with configs/sft.py",
         )
     if same.count > IDENTICAL_SHARE * rows:
         report.warnings.append(
-            f"{same.count / rows:.0%} of the rows have the same `text` and "
-            "`rejected_text`, which is no preference"
+            f"{same.count / rows:.0%} of the rows have the same accepted and rejected "
+            "text, which is no preference"
         )
 
 

@@ -26,6 +26,8 @@ NO_ROOM = "the prompt alone fills max_length"
 TOO_LONG = "longer than max_length"
 EMPTY = "the completion is empty"
 NOTHING = "nothing to train on"
+SAME = "accepted and rejected text are the same"
+SAME_CUT = "accepted and rejected text are the same up to max_length"
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,23 @@ def slots(example: Example) -> int:
     return len(example.ids) - 1
 
 
+def group_slots(dataset: Dataset) -> np.ndarray:
+    """The places that each group takes: those of all its members, int64 [n]."""
+    sizes = np.array([slots(e) for e in dataset.examples], np.int64)
+    return np.array([sizes[list(group)].sum() for group in dataset.groups], np.int64)
+
+
 def row_length(*datasets: Dataset, max_length: int, packing: bool) -> int:
     """The one length T of a run's rows.
 
     `max_length` when packing, else the longest example rounded up to a multiple of 32,
-    at most `max_length`.
+    at most `max_length`. A pair stays in one row, so that may need more.
     """
-    if packing:
-        return max_length
-    longest = max(slots(e) for dataset in datasets for e in dataset.examples)
-    return min(-(-longest // MULTIPLE) * MULTIPLE, max_length)
+    longest = max(int(group_slots(dataset).max()) for dataset in datasets)
+    rounded = -(-longest // MULTIPLE) * MULTIPLE
+    if longest > max_length:
+        return rounded
+    return max_length if packing else min(rounded, max_length)
 
 
 class Loader:
@@ -43,7 +50,7 @@ class Loader:
     Args:
       dataset: the examples.
       length: T, the slots of a row; see `row_length`.
-      packing: whether several examples share a row.
+      packing: whether several groups share a row.
       seed: fixes the packing and the order of every epoch.
       shuffle: whether epochs are shuffled; else file order.
     """
@@ -53,7 +60,7 @@ class Loader:
     ):
         self.dataset, self.length = dataset, length
         self.packing, self.seed, self.shuffle = packing, seed, shuffle
-        lengths = np.array([slots(e) for e in dataset.examples], np.int64)
+        lengths = group_slots(dataset)
         if len(lengths) == 0 or lengths.max() > length:
             longest = lengths.max(initial=0)
             raise ValueError(
@@ -71,6 +78,7 @@ class Loader:
             if not shuffle:
                 self.rows.sort()
         self.rows_per_epoch = len(self.rows)
+        self.most = max(len(row) for row in self.rows)  # groups of a row
         self.fill = fill(lengths, self.rows, length)
         dataset.report.rows = (self.rows_per_epoch, length, self.fill)
         self._order = lru_cache(maxsize=4)(self._epoch_order)
@@ -80,8 +88,8 @@ class Loader:
             return np.arange(self.rows_per_epoch)
         return permutation(self.rows_per_epoch, self.seed, epoch)
 
-    def examples(self, start: int, rows: int) -> list[list[int]]:
-        """The indices of the examples in each of `rows` rows from row `start` on."""
+    def groups(self, start: int, rows: int) -> list[list[int]]:
+        """The indices of the groups in each of `rows` rows from row `start` on."""
         found = []
         for number in range(start, start + rows):
             epoch, i = divmod(number, self.rows_per_epoch)
@@ -94,9 +102,11 @@ class Loader:
         Returns:
           tokens, targets (the next token, 0 where none), segments (1.. per document,
           0 = padding) and positions (from 0 per document), int32; weights, float32: 1
-          where the target is trained on. Never across a document's end.
+          where the target is trained on. Never across a document's end. Of data with
+          numbers per group also these, float32 [rows, U], 0 where a row has fewer than
+          U groups; member m of M of group u is segment M * u + m + 1.
         """
-        return self._fill(self.examples(start, rows), rows)
+        return self._fill(self.groups(start, rows), rows)
 
     def epoch(self, rows: int) -> Iterator[Batch]:
         """One pass in file order; the last batch is padded by rows of weight 0."""
@@ -108,15 +118,26 @@ class Loader:
         names = ("tokens", "targets", "segments", "positions")
         batch = {name: np.zeros((rows, self.length), np.int32) for name in names}
         batch["weights"] = np.zeros((rows, self.length), np.float32)
-        for row, members in enumerate(chosen):
+        values, stride = self.dataset.values, self.dataset.members
+        batch |= {name: np.zeros((rows, self.most), np.float32) for name in values}
+        for row, groups in enumerate(chosen):
             start = 0
-            for segment, index in enumerate(members, 1):
-                example = self.dataset.examples[index]
-                end = start + slots(example)
-                batch["tokens"][row, start:end] = example.ids[:-1]
-                batch["targets"][row, start:end] = example.ids[1:]
-                batch["weights"][row, start:end] = example.trained[1:]
-                batch["segments"][row, start:end] = segment
-                batch["positions"][row, start:end] = np.arange(end - start)
-                start = end
+            for place, group in enumerate(groups):
+                for name, numbers in values.items():
+                    batch[name][row, place] = numbers[group]
+                for m, index in enumerate(self.dataset.groups[group]):
+                    example = self.dataset.examples[index]
+                    segment = stride * place + m + 1
+                    start = _write(batch, row, start, example, segment)
         return batch
+
+
+def _write(batch: Batch, row: int, start: int, example: Example, segment: int) -> int:
+    """Writes an example into a row; returns where the next one begins."""
+    end = start + slots(example)
+    batch["tokens"][row, start:end] = example.ids[:-1]
+    batch["targets"][row, start:end] = example.ids[1:]
+    batch["weights"][row, start:end] = example.trained[1:]
+    batch["segments"][row, start:end] = segment
+    batch["positions"][row, start:end] = np.arange(end - start)
+    return end

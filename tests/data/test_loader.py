@@ -38,7 +38,7 @@ def loader(data: Dataset, length: int = 32, **options: Any) -> Loader:
 
 
 def flat(load: Loader, start: int, rows: int) -> list[int]:
-    return [i for row in load.examples(start, rows) for i in row]
+    return [i for row in load.groups(start, rows) for i in row]
 
 
 def triples(batches):
@@ -71,7 +71,7 @@ def test_rows_are_documents_one_after_another(packing):
     load = loader(data, packing=packing)
     for number in range(load.rows_per_epoch):
         batch = {k: v[0] for k, v in load.batch(number, 1).items()}
-        [members] = load.examples(number, 1)
+        [members] = load.groups(number, 1)
         start = 0
         for segment, index in enumerate(members, 1):
             e, end = data.examples[index], start + slots(data.examples[index])
@@ -106,7 +106,7 @@ def test_every_epoch_holds_every_example_once_in_its_own_order():
     epochs = [flat(load, e * 50, 50) for e in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert loader(dataset(), packing=False, seed=1).examples(0, 50) != epochs[0]
+    assert loader(dataset(), packing=False, seed=1).groups(0, 50) != epochs[0]
     in_order = loader(dataset(), packing=False, shuffle=False)
     assert flat(in_order, 50, 50) == list(range(50))
 

@@ -1,0 +1,221 @@
+"""Preference rows: which answer was chosen over which, or how one was rated.
+
+The columns are TRL's: `prompt`, `chosen`, `rejected` (texts or message lists; without a
+`prompt` it is what both sides begin with), `margin`; `prompt`, `completion`, `label`.
+AutoTrain's `text` and `rejected_text`, LLaMA-Factory's `conversations` and
+`instruction` with `chosen` and `rejected`, and its `kto_tag`, are mapped onto these. A
+`system` column (the rules) may precede the prompt of any of them.
+"""
+
+import math
+from typing import Any
+
+from ftjax.data import chat
+from ftjax.data.sources import Row
+from ftjax.data.words import clip, quoted, type_name
+from ftjax.errors import UserError
+
+Messages = list[dict[str, Any]]
+SIDES = (("chosen", "rejected"), ("text", "rejected_text"))
+LABELS = ("label", "kto_tag")
+USED = ("prompt", "system", "instruction", "input", "question", "conversations")
+
+
+def sides(values: dict[str, Any]) -> tuple[str, str] | None:
+    """The columns of the better and the worse answer, or None where there are none."""
+    given = {name for name, value in values.items() if value is not None}
+    return next((pair for pair in SIDES if set(pair) <= given), None)
+
+
+def rating(values: dict[str, Any]) -> str | None:
+    """The column that says whether an answer is good, or None."""
+    if values.get("prompt") is None or values.get("completion") is None:
+        return None
+    return next((name for name in LABELS if values.get(name) is not None), None)
+
+
+def read_pair(row: Row, has_template: bool) -> tuple[Any, Any]:
+    """(chosen, rejected) of a row, each (prompt, answer): both texts or both messages.
+
+    Raises:
+      UserError: sides of different types, or that answer different prompts.
+    """
+    columns = sides(row.values)
+    if columns is None:
+        raise ValueError(f"{row.where} is no pair")
+    chosen, rejected = (_side(row, name) for name in columns)
+    prompt, system = _prompt(row), _system(row)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            return _implicit_text(chosen, rejected)
+        if isinstance(prompt, str) and not (system and has_template):
+            head = f"{system}\n\n{prompt}" if system else prompt
+            return (head, chosen), (head, rejected)
+        chosen, rejected = _says("assistant", chosen), _says("assistant", rejected)
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        types = [type_name(row.values[name]) for name in columns]
+        raise UserError(
+            f"`{columns[0]}` and `{columns[1]}` must both be text or both be messages",
+            where=row.where,
+            got=" and ".join(types),
+        )
+    if isinstance(prompt, str):
+        prompt = None if chosen[0].get("role") == "user" else _says("user", prompt)
+    prompt, chosen, rejected = _share(prompt, chosen, rejected, row.where, columns)
+    if system and prompt[0].get("role") != "system":
+        prompt = [*_says("system", system), *prompt]
+    return (prompt, chosen), (prompt, rejected)
+
+
+def read_margin(row: Row) -> float:
+    """By how much the chosen answer is better; 0 where the row does not say.
+
+    Raises:
+      UserError: no finite number.
+    """
+    margin = row.values.get("margin")
+    if margin is None:
+        return 0.0
+    number = isinstance(margin, int | float) and not isinstance(margin, bool)
+    if number and abs(margin) < 1e30 and math.isfinite(margin):
+        return float(margin)
+    raise UserError(
+        "column `margin` holds no finite number",
+        where=row.where,
+        expected="by how much the chosen answer is better, such as 1.5",
+        got=clip(margin),
+        fix="mend the row, or data.on_bad_row=skip",
+    )
+
+
+def read_label(row: Row, column: str) -> bool:
+    """Whether the answer is a good one.
+
+    Raises:
+      UserError: neither true nor false (nor 1 or 0).
+    """
+    label = row.values[column]
+    if isinstance(label, bool) or (isinstance(label, int | float) and label in (0, 1)):
+        return bool(label)
+    raise UserError(
+        f"column `{column}` says neither true nor false",
+        where=row.where,
+        expected="true for a good answer, false for a bad one",
+        got=clip(label),
+    )
+
+
+def no_pair(row: Row, task: str) -> UserError:
+    """A row without a preference, where the task needs one."""
+    names = row.values
+    fix = "this data trains with configs/sft.py"
+    if "label" in names or "kto_tag" in names:
+        fix = "answers that are rated one by one train with configs/kto.py"
+    return UserError(
+        f"{task} needs pairs of a better and a worse answer",
+        where=row.where,
+        expected="; or ".join(quoted(pair) for pair in SIDES) + ", with a `prompt`",
+        got=f"columns {quoted(names)}" if names else "an empty object",
+        fix=fix,
+    )
+
+
+def _side(row: Row, column: str) -> str | Messages:
+    value = row.values[column]
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
+        return [chat.from_share_gpt(message) for message in value]
+    if isinstance(value, str):
+        return value
+    raise UserError(
+        f"column `{column}` has the wrong type",
+        where=row.where,
+        expected="a text, or a list of messages",
+        got="an empty list" if value == [] else f"{type_name(value)}: {clip(value)}",
+    )
+
+
+def _prompt(row: Row) -> str | Messages | None:
+    values = row.values
+    for column in ("prompt", "conversations", "instruction", "question"):
+        value = values.get(column)
+        if value is None:
+            continue
+        if column == "instruction" and isinstance(value, str) and values.get("input"):
+            value = f"{value}\n{values['input']}"
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list) and all(isinstance(m, dict) for m in value):
+            return [chat.from_share_gpt(message) for message in value] or None
+        raise UserError(
+            f"column `{column}` has the wrong type",
+            where=row.where,
+            expected="a text, or a list of messages",
+            got=f"{type_name(value)}: {clip(value)}",
+        )
+    return None
+
+
+def _system(row: Row) -> str:
+    system = row.values.get("system") or ""
+    if isinstance(system, str):
+        return system
+    raise UserError(
+        "column `system` has the wrong type",
+        where=row.where,
+        expected="text",
+        got=f"{type_name(system)}: {clip(system)}",
+    )
+
+
+def _says(role: str, content: str) -> Messages:
+    return [{"role": role, "content": content}]
+
+
+def _share(
+    prompt: Messages | None,
+    chosen: Messages,
+    rejected: Messages,
+    where: str,
+    columns: tuple[str, str],
+) -> tuple[Messages, Messages, Messages]:
+    """The prompt, and what each side says after it."""
+    if prompt is not None:
+        # Some data sets repeat the prompt in both sides.
+        n = len(prompt)
+        if chosen[:n] == prompt and rejected[:n] == prompt:
+            chosen, rejected = chosen[n:], rejected[n:]
+    else:
+        shared = 0
+        for a, b in zip(chosen, rejected, strict=False):
+            if a != b:
+                break
+            shared += 1
+        shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    roles = [side[0].get("role") if side else None for side in (chosen, rejected)]
+    if not prompt or roles != ["assistant", "assistant"]:
+        raise UserError(
+            "the two sides of a pair answer different prompts",
+            where=where,
+            expected=f"`{columns[0]}` and `{columns[1]}` with the same messages up to "
+            "an answer of the assistant",
+            got=f"{clip(chosen, 120)} and {clip(rejected, 120)}",
+            fix="make the pair again, or data.on_bad_row=skip",
+        )
+    return prompt, chosen, rejected
+
+
+def _implicit_text(chosen: str, rejected: str) -> tuple[Any, Any]:
+    """The prompt is what both begin with, up to a space (as TRL finds it)."""
+    both = zip(chosen, rejected, strict=False)
+    n = next((i for i, (a, b) in enumerate(both) if a != b), 0)
+    if n and chosen[n - 1] == " ":
+        n -= 1
+    return (chosen[:n], chosen[n:]), (chosen[:n], rejected[n:])
+
+
+def checked(prompt: Messages, answer: Messages, where: str) -> Messages:
+    """The conversation of a prompt and an answer, by the rules of `chat.check`."""
+    return chat.check([*prompt, *answer], where, "prompt + answer")
