@@ -32,16 +32,16 @@ class Objective:
 
     Attributes:
       loss: of one batch; the policy is what is frozen joined with what is trained.
-      over: {term: leaf of the batch}: a term's sum is divided by the sum of that leaf
-        over the whole step.
+      over: {term: weights of a batch}: a term's sum is divided by the sum of these over
+        the whole step. They come of the data alone, whatever its leading axes.
     """
 
     loss: Loss
-    over: Mapping[str, str]
+    over: Mapping[str, Callable[[PyTree], Array]]
 
     def totals(self, batch: PyTree) -> Totals:
         """What each term is divided by, of a batch or of all the micro-batches."""
-        return {term: jnp.sum(batch[leaf]) for term, leaf in self.over.items()}
+        return {term: jnp.sum(weights(batch)) for term, weights in self.over.items()}
 
 
 def mean_loss(sums: Sums, totals: Totals) -> Array:

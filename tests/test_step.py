@@ -51,7 +51,7 @@ def test_micro_batches_are_one_big_batch_in_float64(method: str) -> None:
             return Sums({"nll": -jnp.sum(w * at)}, {}, {})
 
         key = jax.random.key(0)
-        objective = Objective(loss, {"nll": "weights"})
+        objective = Objective(loss, {"nll": lambda batch: batch["weights"]})
         totals = objective.totals(small_batch())
 
         def summed(k: int) -> Any:

@@ -17,4 +17,4 @@ def causal(model: Decoder, chunk: int) -> Objective:
         del frozen
         return causal_lm(*hidden_and_head(model, policy, batch, key), batch, chunk)
 
-    return Objective(loss, over={"nll": "weights"})
+    return Objective(loss, over={"nll": lambda batch: batch["weights"]})

@@ -59,7 +59,7 @@ def on_each_device(tree: Any) -> int:
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
-OVER = {"bowl": "weights"}
+OVER = {"bowl": lambda batch: batch["weights"]}
 
 
 def bowl(variables: Any, frozen: Any, batch: Any, key: Any) -> Sums:

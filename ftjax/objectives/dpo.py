@@ -1,0 +1,144 @@
+"""DPO and its relatives: pairs against a reference; see `losses.dpo`.
+
+The reference is the base without its update, in the same step, or two numbers a pair
+that were computed before the run: there is never a second model in memory.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.errors import UserError
+from ftjax.losses.dpo import LOSSES, OF_RATIOS, Options, length_desensitized, metrics
+from ftjax.losses.f_divergence import SCORES
+from ftjax.losses.pairs import Pairs
+from ftjax.losses.sums import Sums
+from ftjax.losses.token_logps import TokenLogps
+from ftjax.models.decoder import Decoder
+from ftjax.objectives import rows
+from ftjax.step import Objective
+from ftjax.weights import Array
+
+PyTree = Any
+REFERENCE = ("ref_chosen", "ref_rejected")  # leaves of a batch: the reference's sums
+SFT = "sft"  # of the losses: the one that is a mean over tokens
+
+
+def dpo(model: Decoder, config: Any) -> Objective:
+    """The weighted sum of some losses of pairs, each a mean over the pairs of a step.
+
+    Args:
+      model: of the policy and, where the rows bring no reference, of that too.
+      config: `loss` of `configs/dpo.py`.
+
+    Raises:
+      UserError: a loss or a divergence that is not known, or that do not go together.
+    """
+    mixture = mixture_of(config.type, config.type_weights)
+    check_divergence(mixture, config.divergence)
+    options = Options(
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        divergence=config.divergence,
+        alpha=config.alpha,
+        tau=config.tau,
+    )
+
+    def loss(policy: PyTree, frozen: PyTree, batch: PyTree, key: Any = None) -> Sums:
+        tokens = rows.logps(model, policy, batch, config.chunk, key)
+        if REFERENCE[0] in batch:
+            reference = tuple(batch[name] for name in REFERENCE)
+        else:
+            found = rows.logps(model, frozen, batch, config.chunk)
+            reference = jax.lax.stop_gradient(sums_of(found, batch, config.ld_alpha))
+        n = rows.pair_sums(batch["weights"], batch)
+        pairs = Pairs(*sums_of(tokens, batch, config.ld_alpha), *reference, *n)
+        terms = {
+            "preference": jnp.zeros((), jnp.float32),
+        }
+        for name, weight in mixture.items():
+            if name == SFT:
+                nll = -jnp.sum(tokens.logp_BT * rows.chosen_weights(batch))
+                terms[SFT] = weight * nll
+            else:
+                each = LOSSES[name](pairs, options) * batch["pair"]
+                terms["preference"] += weight * jnp.sum(each)
+        found = metrics(pairs, beta=config.beta)
+        means = rows.means(found, batch["pair"])
+        return Sums(terms, means | rows.side_metrics(tokens, batch), {})
+
+    over = {"preference": lambda batch: batch["pair"]}
+    if SFT in mixture:
+        over[SFT] = rows.chosen_weights
+    return Objective(loss, over)
+
+
+def sums_of(tokens: TokenLogps, batch: PyTree, ld_alpha: float) -> tuple[Array, Array]:
+    """log p of each side; tokens beyond the shorter one count `ld_alpha` (LD-DPO)."""
+    logp_BT = tokens.logp_BT
+    if ld_alpha != 1:
+        shorter_BU = jnp.minimum(*rows.pair_sums(batch["weights"], batch))
+        group, _ = rows.member_of(batch)
+        place = answer_places(batch)
+        shared = rows.of_group(shorter_BU, group)
+        logp_BT = logp_BT * length_desensitized(place, shared, ld_alpha)
+    return rows.pair_sums(logp_BT, batch)
+
+
+def answer_places(batch: PyTree) -> Array:
+    """The place of each token in its answer, from 1; 0 outside: float32 [B, T]."""
+    counted_BT = jnp.cumsum(batch["weights"], axis=-1)
+    segments = batch["segments"]
+    starts = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+    before = jnp.where(starts, counted_BT - batch["weights"], 0)
+    place = counted_BT - jax.lax.cummax(before, axis=1)
+    return jnp.where(batch["weights"] > 0, place, 0)
+
+
+def mixture_of(types: str, weights: str) -> dict[str, float]:
+    """{loss: weight} of 'sigmoid,sft' and '1,0.5' (all 1 where no weights are given).
+
+    Raises:
+      UserError: a name that is not known, or as many weights as there are names.
+    """
+    names = [name.strip() for name in types.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in LOSSES]:
+        raise UserError(
+            "there is no such loss of pairs",
+            where="config.loss.type",
+            expected=", ".join(LOSSES) + "; or several of them, with commas between",
+            got=", ".join(unknown),
+        )
+    parts = [part for part in weights.split(",") if part.strip()]
+    try:
+        numbers = [float(part) for part in parts] or [1.0] * len(names)
+    except ValueError:
+        numbers = []
+    if not names or len(numbers) != len(names) or len(set(names)) < len(names):
+        raise UserError(
+            "every loss of a mixture needs its own weight",
+            where="config.loss.type, config.loss.type_weights",
+            expected="such as type=sigmoid,sft type_weights=1,0.5",
+            got=f"type={types} type_weights={weights}",
+        )
+    return dict(zip(names, numbers, strict=True))
+
+
+def check_divergence(mixture: dict[str, float], divergence: str) -> None:
+    """Losses of the log-ratios know no divergence but the usual one."""
+    if divergence not in SCORES:
+        raise UserError(
+            "there is no such divergence",
+            where="config.loss.divergence",
+            expected=", ".join(SCORES),
+            got=divergence,
+        )
+    strict = [name for name in mixture if name in OF_RATIOS]
+    if divergence != "reverse_kl" and strict:
+        raise UserError(
+            "this loss is defined for the reverse KL divergence alone",
+            where="config.loss.type, config.loss.divergence",
+            expected="divergence=reverse_kl",
+            got=f"type={','.join(strict)}, divergence={divergence}",
+        )

@@ -1,0 +1,92 @@
+"""From packed rows to sequences and pairs: what every loss of sequences begins with.
+
+Member m of M of group u in a row is segment M * u + m + 1 (see `data.loader`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.losses.sums import Term
+from ftjax.losses.token_logps import TokenLogps, token_logps
+from ftjax.models.decoder import Decoder, hidden_and_head
+from ftjax.weights import Array
+
+PyTree = Any
+PAIR = 2  # members of a group
+
+
+def logps(
+    model: Decoder, variables: PyTree, batch: PyTree, chunk: int, key: Any = None
+) -> TokenLogps:
+    """The log-probability of every trained token; 0 for the others."""
+    hidden, head = hidden_and_head(model, variables, batch, key)
+    return token_logps(hidden, head, batch["targets"], batch["weights"], chunk)
+
+
+def group_sums(x_BT: Array, segments_BT: Array, groups: int, members: int) -> Array:
+    """The sum over the tokens of each member of each group: [B, groups, members]."""
+    slots = groups * members
+
+    def row(x_T: Array, segments_T: Array) -> Array:
+        # Slot 0 is the padding.
+        return jax.ops.segment_sum(x_T, segments_T, num_segments=slots + 1)[1:]
+
+    return jax.vmap(row)(x_BT, segments_BT).reshape(-1, groups, members)
+
+
+def pair_sums(x_BT: Array, batch: PyTree) -> tuple[Array, Array]:
+    """Sums over the chosen and the rejected of each pair, each [B, U]; 0 elsewhere."""
+    real_BU = batch["pair"]
+    both = group_sums(x_BT, batch["segments"], real_BU.shape[-1], PAIR)
+    both = jnp.where(real_BU[..., None] > 0, both, 0)
+    return both[..., 0], both[..., 1]
+
+
+def member_of(batch: PyTree, members: int = PAIR) -> tuple[Array, Array]:
+    """(group, member) of each token, int32 [..., T]; of padding something."""
+    place = jnp.maximum(batch["segments"] - 1, 0)
+    return place // members, place % members
+
+
+def of_group(values_BU: Array, group_BT: Array) -> Array:
+    """The number of each token's group: [..., T]."""
+    return jnp.take_along_axis(values_BU, group_BT, axis=-1)
+
+
+def chosen_weights(batch: PyTree) -> Array:
+    """1 for the answer's tokens of what is chosen in a pair: float32 [..., T]."""
+    group, member = member_of(batch)
+    chosen = (member == 0) & (of_group(batch["pair"], group) > 0)
+    return jnp.where(chosen, batch["weights"], 0)
+
+
+def means(values: Mapping[str, Array], weights: Array) -> dict[str, Term]:
+    """A metric per pair as sums over all of them."""
+    total = jnp.sum(weights)
+    return {name: Term(jnp.sum(x * weights), total) for name, x in values.items()}
+
+
+def side_metrics(tokens: TokenLogps, batch: PyTree) -> dict[str, Term]:
+    """Of trained tokens, under TRL's names: logits, entropy, accuracy; no gradient.
+
+    `logits/*` is the mean over the answer's tokens and the vocabulary;
+    `mean_token_accuracy` and `entropy` are those of the chosen answers.
+    """
+    weights = batch["weights"]
+    chosen = chosen_weights(batch)
+    group, member = member_of(batch)
+    worse = (member == 1) & (of_group(batch["pair"], group) > 0)
+    rejected = jnp.where(worse, weights, 0)
+
+    def mean(x_BT: Array, w_BT: Array) -> Term:
+        return Term(jnp.sum(x_BT * w_BT), jnp.sum(w_BT))
+
+    return {
+        "logits/chosen": mean(tokens.mean_logit_BT, chosen),
+        "logits/rejected": mean(tokens.mean_logit_BT, rejected),
+        "entropy": mean(tokens.entropy_BT, chosen),
+        "mean_token_accuracy": mean(tokens.correct_BT, chosen),
+    }
