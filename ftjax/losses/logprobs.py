@@ -13,6 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ftjax.losses.chunks import (
+    arrange,
+    cut,
+    head_gradient,
+    head_logits,
+    one_hot,
+    paste,
+    reorder,
+    weighted_first,
+)
 from ftjax.weights import Array
 
 
@@ -88,22 +98,20 @@ def _walk(
     """(sum, correct, logp), and the gradients of the sum that were asked for."""
     batch, length, dim = hidden.shape
     chunk = min(chunk, length)
-    rows, back = _weighted_first(chunk, hidden, targets, weights)
-    count = jnp.max(jnp.sum(rows.weights != 0, axis=1))
+    order = weighted_first(weights, chunk)
+    rows = _Rows(*(arrange(x, order, chunk) for x in (hidden, targets, weights)))
     matrix = head.astype(hidden.dtype)
 
     def body(i: Array, carry: Any) -> Any:
         total, correct, logp, dhidden, dhead = carry
-        part = _Rows(*(_cut(array, i, chunk) for array in rows))
+        part = _Rows(*(cut(array, i, chunk) for array in rows))
         found, error = _chunk(part, matrix, with_error=to_hidden or to_head)
         if to_hidden:
             dh = jnp.einsum("BCV,DV->BCD", error, matrix)
-            dhidden = _paste(dhidden, dh, i)
+            dhidden = paste(dhidden, dh, i)
         if to_head:
-            dhead = dhead + jnp.einsum(
-                "BCD,BCV->DV", part.hidden, error, preferred_element_type=jnp.float32
-            )
-        logp = _paste(logp, found.logp_BT, i)
+            dhead = dhead + head_gradient(part.hidden, error)
+        logp = paste(logp, found.logp_BT, i)
         return total + found.sum, correct + found.correct, logp, dhidden, dhead
 
     padded, zero = rows.weights.shape[1], jnp.zeros((), jnp.float32)
@@ -114,10 +122,10 @@ def _walk(
         jnp.zeros((batch, padded, dim), hidden.dtype) if to_hidden else None,
         jnp.zeros(head.shape, jnp.float32) if to_head else None,
     )
-    done = jax.lax.fori_loop(0, -(-count // chunk), body, start)
+    done = jax.lax.fori_loop(0, order.chunks, body, start)
     total, correct, logp, dhidden, dhead = done
-    logp = jnp.take_along_axis(logp, back, axis=1)
-    dhidden = _reorder(dhidden, back) if to_hidden else None
+    logp = reorder(logp, order.back_BT)
+    dhidden = reorder(dhidden, order.back_BT) if to_hidden else None
     dhead = dhead.astype(head.dtype) if to_head else None
     return (total, correct, logp), (dhidden, dhead)
 
@@ -128,32 +136,10 @@ class _Rows(NamedTuple):
     weights: Array  # [B, C]
 
 
-def _weighted_first(
-    chunk: int, hidden: Array, targets: Array, weights: Array
-) -> tuple[_Rows, Array]:
-    """Each row with its weighted positions first, padded to whole chunks.
-
-    Also the order [B, T] that undoes this.
-    """
-    length = hidden.shape[1]
-    pad = ((0, 0), (0, -length % chunk))
-    targets, weights = jnp.pad(targets, pad), jnp.pad(weights, pad)
-    order = jnp.argsort(weights == 0, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)[:, :length]
-    rows = _Rows(
-        _reorder(jnp.pad(hidden, (*pad, (0, 0))), order),
-        jnp.take_along_axis(targets, order, axis=1),
-        jnp.take_along_axis(weights, order, axis=1),
-    )
-    return rows, back
-
-
 def _chunk(rows: _Rows, matrix: Array, *, with_error: bool) -> tuple[NLL, Any]:
     """The sums of one chunk, and the gradient of their logits [B, C, V]."""
     hidden, targets, weights = rows
-    logits = jnp.einsum(
-        "BCD,DV->BCV", hidden, matrix, preferred_element_type=jnp.float32
-    )
+    logits = head_logits(hidden, matrix)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exps = jnp.exp(logits - top)
     norm = jnp.sum(exps, axis=-1, keepdims=True)
@@ -167,21 +153,6 @@ def _chunk(rows: _Rows, matrix: Array, *, with_error: bool) -> tuple[NLL, Any]:
     )
     if not with_error:
         return found, None
-    vocab = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-    hit = (vocab == targets[..., None]).astype(jnp.float32)
-    error = exps * (weights[..., None] / norm) - hit * weights[..., None]
+    hit = one_hot(targets, logits.shape) * weights[..., None]
+    error = exps * (weights[..., None] / norm) - hit
     return found, error.astype(hidden.dtype)
-
-
-def _cut(array: Array, index: Array, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis=1)
-
-
-def _paste(array: Array, part: Array, index: Array) -> Array:
-    start = index * part.shape[1]
-    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=1)
-
-
-def _reorder(array_BTD: Array, order_BT: Array) -> Array:
-    """Reorders the positions of each row."""
-    return jnp.take_along_axis(array_BTD, order_BT[..., None], axis=1)

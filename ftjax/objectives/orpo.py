@@ -39,11 +39,10 @@ def orpo(model: Decoder, config: Any) -> Objective:
         hidden, head = hidden_and_head(model, policy, batch, key)
         looked = jnp.maximum(batch["weights"], weights_BT)
         tokens = token_logps(hidden, head, batch["targets"], looked, config.chunk)
-        answers_BT = tokens.logp_BT * batch["weights"]
-        sums, counts = (rows.pair_sums(x, batch) for x in (answers_BT, batch["weights"]))
-        chosen, rejected = (
-            per_token(*side) for side in zip(sums, counts, strict=True)
-        )
+        answer_BT = batch["weights"]
+        sums = rows.pair_sums(tokens.logp_BT * answer_BT, batch)
+        sides = zip(sums, rows.pair_sums(answer_BT, batch), strict=True)
+        chosen, rejected = (per_token(*side) for side in sides)
         each = odds_ratio(chosen, rejected, beta=config.beta) * batch["pair"]
         terms = {
             "nll": -jnp.sum(tokens.logp_BT * weights_BT),

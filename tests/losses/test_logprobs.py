@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
 
 from ftjax.losses.logprobs import chunked_nll
 from ftjax.models.decoder import Decoder
@@ -15,6 +15,7 @@ from ftjax.models.proj import abstract_params
 from ftjax.objectives.causal import causal
 from ftjax.optim import make_optimizer
 from ftjax.step import init_state, make_train_step
+from tests.losses.programs import sizes
 from tests.models_small import (
     SPEC,
     micro,
@@ -110,20 +111,6 @@ def test_large_logits_do_not_overflow() -> None:
     hidden, head, targets, w = inputs("ones", jnp.float32)
     found = chunked_nll(100 * hidden, head, targets, w, 4)
     assert np.isfinite(found.sum) and np.all(np.isfinite(found.logp_BT))
-
-
-def sizes(jaxpr: Jaxpr) -> Any:
-    """The element counts of everything that a program makes, however deep."""
-    for eqn in jaxpr.eqns:
-        for out in eqn.outvars:
-            yield int(np.prod(getattr(out.aval, "shape", ()))), str(eqn.primitive)
-        for param in jax.tree.leaves(
-            eqn.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
-        ):
-            if isinstance(param, ClosedJaxpr):
-                yield from sizes(param.jaxpr)
-            elif isinstance(param, Jaxpr):
-                yield from sizes(param)
 
 
 def step_jaxpr(method: str, chunk: int) -> tuple[Jaxpr, int, int]:

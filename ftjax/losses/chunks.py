@@ -1,0 +1,77 @@
+"""Walking over positions in chunks: what every loss with a head of its own shares.
+
+Positions without weight are moved to the end of each row, where no walk reaches them; a
+chunk is `[B, C, ...]`, the same span of every row.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.weights import Array
+
+
+class Order(NamedTuple):
+    """The positions of each row, the weighted ones first, padded to whole chunks."""
+
+    there_BP: Array  # [B, P], for `arrange`; P is T rounded up to whole chunks
+    back_BT: Array  # [B, T], what undoes it, for `reorder`
+    chunks: Array  # [], int32, the chunks that hold a weighted position
+
+
+def weighted_first(weights_BT: Array, chunk: int) -> Order:
+    """The order in which a walk of `chunk` positions at a time visits the rows."""
+    length = weights_BT.shape[1]
+    count = jnp.max(jnp.sum(weights_BT != 0, axis=1))
+    there = jnp.argsort(_pad(weights_BT, chunk) == 0, axis=1, stable=True)
+    back = jnp.argsort(there, axis=1)[:, :length]
+    return Order(there, back, -(-count // chunk))
+
+
+def arrange(array: Array, order: Order, chunk: int) -> Array:
+    """[B, T, ...] in the order of the walk, [B, P, ...], padded with zeros."""
+    return reorder(_pad(array, chunk), order.there_BP)
+
+
+def reorder(array: Array, order_BT: Array) -> Array:
+    """Reorders the positions of each row of an array [B, T, ...]."""
+    extra = (1,) * (array.ndim - 2)
+    order = order_BT.reshape(order_BT.shape + extra)
+    return jnp.take_along_axis(array, order, axis=1)
+
+
+def cut(array: Array, index: Array, size: int) -> Array:
+    """The chunk `index` of an array [B, P, ...]."""
+    return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis=1)
+
+
+def paste(array: Array, part: Array, index: Array) -> Array:
+    """The array [B, P, ...] with its chunk `index` replaced."""
+    start = index * part.shape[1]
+    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=1)
+
+
+def head_logits(hidden_BCD: Array, matrix_DV: Array) -> Array:
+    """The logits of a chunk [B, C, V], accumulated in float32."""
+    return jnp.einsum(
+        "BCD,DV->BCV", hidden_BCD, matrix_DV, preferred_element_type=jnp.float32
+    )
+
+
+def head_gradient(hidden_BCD: Array, error_BCV: Array) -> Array:
+    """What a chunk adds to the gradient of the head [D, V], in float32."""
+    return jnp.einsum(
+        "BCD,BCV->DV", hidden_BCD, error_BCV, preferred_element_type=jnp.float32
+    )
+
+
+def one_hot(targets_BC: Array, shape: tuple[int, ...]) -> Array:
+    """float32 [B, C, V], made of an iota: it fuses and is never stored."""
+    vocab = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+    return (vocab == targets_BC[..., None]).astype(jnp.float32)
+
+
+def _pad(array: Array, chunk: int) -> Array:
+    pad = ((0, 0), (0, -array.shape[1] % chunk)) + ((0, 0),) * (array.ndim - 2)
+    return jnp.pad(array, pad)

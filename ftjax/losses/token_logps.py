@@ -1,0 +1,191 @@
+"""The log-probability of every token by itself, without ever holding all logits.
+
+What preference and reinforcement losses need: they are not linear in the
+log-probabilities, so the gradient of a token is known only after the forward pass.
+Unlike `logprobs.chunked_nll`, the logits of a chunk are therefore made twice, forward
+and backward; kept between the two are the inputs and one number per token.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.losses.chunks import (
+    Order,
+    arrange,
+    cut,
+    head_gradient,
+    head_logits,
+    one_hot,
+    paste,
+    reorder,
+    weighted_first,
+)
+from ftjax.weights import Array
+
+
+class TokenLogps(NamedTuple):
+    """Per token, [B, T] float32, all 0 where the weight is 0.
+
+    A gradient flows through `logp_BT` alone.
+    """
+
+    logp_BT: Array  # log softmax(logits)[target]
+    entropy_BT: Array  # -sum_v p_v log p_v, nats
+    correct_BT: Array  # 1 where no logit is above the target's, else 0
+    mean_logit_BT: Array  # the mean of the logits over the vocabulary
+
+
+def token_logps(
+    hidden_BTD: Array,
+    head_DV: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    chunk: int,
+    *,
+    temperature: float | Array = 1.0,
+) -> TokenLogps:
+    """log p(target) of each token, p = softmax(hidden . head / temperature).
+
+    The softmax is in float32. Gradients flow to `hidden_BTD` and `head_DV`; that of a
+    head that is frozen is not computed.
+
+    Args:
+      hidden_BTD: in the dtype of the computation.
+      head_DV: the output matrix.
+      targets_BT: int32 in [0, V).
+      weights_BT: 0 for positions that do not count: they cost nothing and give 0. Other
+        values are not looked at.
+      chunk: positions per row that are handled at a time; memory is B * chunk * V.
+      temperature: a scalar above 0, by which all logits are divided; no gradient.
+    """
+    scale = jnp.asarray(temperature, jnp.float32)
+    inputs = _Inputs(hidden_BTD, head_DV, targets_BT, weights_BT, scale)
+    logp, *others = _token_logps(chunk, inputs)
+    return TokenLogps(logp, *jax.lax.stop_gradient(others))
+
+
+class _Inputs(NamedTuple):
+    hidden: Any
+    head: Any
+    targets: Any
+    weights: Any
+    temperature: Any
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Wanted:
+    """Which gradients are: no leaf, so that it is known when tracing."""
+
+    to_hidden: bool
+    to_head: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_logps(chunk: int, inputs: _Inputs) -> tuple[Array, ...]:
+    return _walk(chunk, inputs)[0]
+
+
+def _forward(chunk: int, primals: _Inputs) -> Any:
+    inputs = _Inputs(*(primal.value for primal in primals))
+    found, lse_BP = _walk(chunk, inputs)
+    wanted = _Wanted(primals.hidden.perturbed, primals.head.perturbed)
+    return found, (inputs, lse_BP, wanted)
+
+
+def _backward(chunk: int, saved: Any, cotangents: Any) -> Any:
+    if isinstance(cotangents[0], jax.custom_derivatives.SymbolicZero):
+        return (None,)
+    inputs, lse_BP, wanted = saved
+    dhidden, dhead = _walk_back(chunk, inputs, lse_BP, wanted, cotangents[0])
+    return (_Inputs(dhidden, dhead, None, None, None),)
+
+
+_token_logps.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+class _Rows(NamedTuple):
+    hidden: Array  # [B, C, D]
+    targets: Array  # [B, C]
+
+
+def _rows(inputs: _Inputs, order: Order, chunk: int) -> _Rows:
+    return _Rows(*(arrange(x, order, chunk) for x in (inputs.hidden, inputs.targets)))
+
+
+def _walk(chunk: int, inputs: _Inputs) -> tuple[tuple[Array, ...], Array]:
+    """The four results, and the log sum exp [B, P] in the order of the walk."""
+    hidden, head, _, weights, temperature = inputs
+    chunk = min(chunk, hidden.shape[1])
+    order = weighted_first(weights, chunk)
+    rows = _rows(inputs, order, chunk)
+    matrix = head.astype(hidden.dtype)
+
+    def body(i: Array, carry: Any) -> Any:
+        part = _Rows(*(cut(array, i, chunk) for array in rows))
+        found = _chunk(part, matrix, temperature)
+        return [paste(all_, new, i) for all_, new in zip(carry, found, strict=True)]
+
+    start = [jnp.zeros(rows.targets.shape, jnp.float32)] * 5
+    *found, lse_BP = jax.lax.fori_loop(0, order.chunks, body, start)
+    counts = weights != 0
+    results = (jnp.where(counts, reorder(x, order.back_BT), 0) for x in found)
+    return tuple(results), lse_BP
+
+
+def _chunk(rows: _Rows, matrix: Array, temperature: Array) -> tuple[Array, ...]:
+    """log p, entropy, correct, mean logit and log sum exp of a chunk, each [B, C]."""
+    logits = head_logits(rows.hidden, matrix) / temperature
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exps = jnp.exp(logits - top)
+    norm = jnp.sum(exps, axis=-1)
+    lse = top[..., 0] + jnp.log(norm)
+    at = jnp.take_along_axis(logits, rows.targets[..., None], axis=-1)
+    # Below the top, so that large logits do not cancel.
+    below = jnp.sum(exps * (logits - top), axis=-1) / norm
+    return (
+        (at - top)[..., 0] - jnp.log(norm),
+        jnp.log(norm) - below,
+        (at == top)[..., 0].astype(jnp.float32),
+        jnp.mean(logits, axis=-1),
+        lse,
+    )
+
+
+def _walk_back(
+    chunk: int, inputs: _Inputs, lse_BP: Array, wanted: _Wanted, g_BT: Array
+) -> tuple[Any, Any]:
+    """The gradients that are wanted, each chunk's logits made anew."""
+    hidden, head, _, weights, temperature = inputs
+    chunk = min(chunk, hidden.shape[1])
+    order = weighted_first(weights, chunk)
+    rows = _rows(inputs, order, chunk)
+    g_BP = arrange(jnp.where(weights != 0, g_BT, 0), order, chunk)
+    matrix = head.astype(hidden.dtype)
+
+    def body(i: Array, carry: Any) -> Any:
+        dhidden, dhead = carry
+        part = _Rows(*(cut(array, i, chunk) for array in rows))
+        g = (cut(g_BP, i, chunk) / temperature)[..., None]
+        logits = head_logits(part.hidden, matrix) / temperature
+        probs = jnp.exp(logits - cut(lse_BP, i, chunk)[..., None])
+        error = (g * (one_hot(part.targets, logits.shape) - probs)).astype(hidden.dtype)
+        if wanted.to_hidden:
+            dh = jnp.einsum("BCV,DV->BCD", error, matrix)
+            dhidden = paste(dhidden, dh, i)
+        if wanted.to_head:
+            dhead = dhead + head_gradient(part.hidden, error)
+        return dhidden, dhead
+
+    start = (
+        jnp.zeros_like(rows.hidden) if wanted.to_hidden else None,
+        jnp.zeros(head.shape, jnp.float32) if wanted.to_head else None,
+    )
+    dhidden, dhead = jax.lax.fori_loop(0, order.chunks, body, start)
+    dhidden = reorder(dhidden, order.back_BT) if wanted.to_hidden else None
+    dhead = dhead.astype(head.dtype) if wanted.to_head else None
+    return dhidden, dhead
