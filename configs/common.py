@@ -60,7 +60,7 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.data.shuffle = True
     c.data.eval_rows = 0  # at most so many rows of eval; 0: all
 
-    c.loss = ConfigDict()
+    c.loss = ConfigDict()  # a task adds its own keys
     c.loss.chunk = 64  # positions per row that the head handles at a time
 
     c.optim = ConfigDict()

@@ -1,5 +1,6 @@
 """What a run tells people: its plan before it starts, its result at the end."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,11 @@ def trainable(shape: Shape) -> str:
     return console.table(rows, headers)
 
 
-def evaluation(step: int, found: dict[str, float]) -> str:
-    """One line for an evaluation."""
-    return (
-        f"eval at step {step}: loss {found['loss']:.4f}, "
-        f"perplexity {found['perplexity']:.2f}, "
-        f"{found['token_accuracy']:.1%} of {found['tokens']:,} tokens right"
-    )
+def evaluation(step: int, found: dict[str, float], shown: Sequence[str]) -> str:
+    """One line for an evaluation: the loss, and what tells most of its task."""
+    values = [f"{name.rpartition('/')[-1]} {found[name]:.4g}" for name in shown]
+    parts = [f"loss {found['loss']:.4f}", *values, f"{found['tokens']:,} tokens"]
+    return f"eval at step {step}: " + ", ".join(parts)
 
 
 def result(workdir: Path, steps: int, chat: bool) -> dict[str, Any]:
@@ -68,10 +67,11 @@ def result(workdir: Path, steps: int, chat: bool) -> dict[str, Any]:
         found["tokens_per_s"] = sorted(r["tokens_per_s"] for r in train)[
             len(train) // 2
         ]
-    keys = ("loss", "perplexity", "token_accuracy", "tokens")
     if evals:
-        found["eval_before"] = {k: evals[0][k] for k in keys}
-        found["eval"] = {k: evals[-1][k] for k in keys}
+        found["eval_before"], found["eval"] = (
+            {k: x for k, x in row.items() if k not in ("step", "split")}
+            for row in (evals[0], evals[-1])
+        )
         found["eval_best"] = min(row["loss"] for row in evals)
     found["files"] = {
         name: str(workdir / name) for name in PLACES if (workdir / name).exists()

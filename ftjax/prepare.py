@@ -19,6 +19,7 @@ from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
 from ftjax.errors import UserError
 from ftjax.loading import Base, load_base, open_base
+from ftjax.methods.heads import with_head
 from ftjax.methods.loftq import fit_errors, require_codes
 from ftjax.methods.lora import plan_lora
 from ftjax.methods.method import plan_method
@@ -35,6 +36,7 @@ from ftjax.models.proj import (
     init_params,
     params_axes,
 )
+from ftjax.objectives.tasks import task_of
 from ftjax.optimizers.muon import Matrices
 from ftjax.sharding import make_mesh, shard_tree
 
@@ -96,12 +98,19 @@ def prepare_data(config: Any, base: Base, room: int) -> Data:
     Raises:
       UserError: with file and line, for whatever cannot be trained on.
     """
-    c = data_settings(config, room)
+    c, task = data_settings(config, room), task_of(config.task)
 
     def build(source: str, split: str) -> Dataset:
-        return build_dataset(
-            source, base.tokenizer, c, vocab_size=base.spec.vocab_size, split=split
+        found = build_dataset(
+            source,
+            base.tokenizer,
+            c,
+            vocab_size=base.spec.vocab_size,
+            split=split,
+            reads=task.reads,
         )
+        found.ends = task.ends
+        return found
 
     train = build(c.train, "train")
     held_out = build(c.eval, "eval") if c.eval else None
@@ -155,6 +164,8 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
     param_dtype = dtype if stored == "auto" else jnp.dtype(stored)
     model = Decoder(base.spec, dtype=dtype, remat=config.model.remat, mesh=mesh)
     method = plan_method(model, config.method)
+    if head := task_of(config.task).head:
+        method = with_head(method, base.spec.d_model, head)
     if method.name == "prompt" and config.method.text:
         ids = base.tokenizer.encode([config.method.text], add_special=False)[0]
         method = begin_with(method, ids)

@@ -11,6 +11,7 @@ from ftjax import runtime
 if __name__ == "__main__":
     runtime.prepare()  # before the imports that take time: it may start over
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,9 +34,10 @@ from ftjax.evals.samples import answer, pick_prompts
 from ftjax.loading import Base, public_name
 from ftjax.metrics import MetricLog
 from ftjax.models.proj import find_sites
-from ftjax.objectives.causal import causal
+from ftjax.objectives.tasks import task_of
 from ftjax.optim import make_optimizer, make_schedule
 from ftjax.prepare import Data, Prepared, Shape, load_variables, prepare
+from ftjax.reference import add_reference
 from ftjax.report import write_report
 from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding, put_batch, replicated
@@ -98,6 +100,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         }
         first = resume_point(checkpoints, identity)
         trained, frozen = load_variables(config, base, shape, mesh)
+        add_reference(config, ready, trained, frozen, folder.path)
         folder.save_config(settings)  # no bad input can be found from here on
         if stop.requested and not first:
             raise Stopped("stopped before the first step: there is nothing to save")
@@ -109,7 +112,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             state = checkpoints.restore(first, state)
             done = first >= steps
             say(f"{'done already:' if done else 'continuing after'} step {first}")
-        objective = causal(shape.model, config.loss.chunk)
+        objective = task_of(config.task).make(shape.model, config.loss)
         step_fn = compile_step(objective, tx, state)
         rate = make_schedule(config.optim, steps)
 
@@ -181,7 +184,7 @@ class Look:
         log: MetricLog,
         progress: Progress,
     ):
-        c, data = config.train, ready.data
+        c, data, self.task = config.train, ready.data, config.task
         self.ready, self.frozen, self.log, self.progress = ready, frozen, log, progress
         self.rows, self.sample_tokens = c.batch_size // c.accumulate, c.sample_tokens
         self.sharding = batch_sharding(ready.mesh)
@@ -209,7 +212,8 @@ class Look:
         policy, batches = join(self.frozen, trained), loader.epoch(self.rows)
         found = evaluate(self.sum_batch, policy, self.frozen, batches, self.sharding)
         self.log.write(step, "eval", **found)
-        self.progress.note(describe.evaluation(step, found))
+        shown = task_of(self.task).shown
+        self.progress.note(describe.evaluation(step, found, shown))
         return found["loss"]
 
 
@@ -270,8 +274,11 @@ def run_steps(
 
 
 def to_host(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Scalars as Python numbers; waits for them."""
-    return {name: np.asarray(value).item() for name, value in metrics.items()}
+    """Metrics as Python numbers; waits for them."""
+    found = {name: np.asarray(value).item() for name, value in metrics.items()}
+    # A metric that no row of the step says anything about is not one.
+    always = ("loss", "grad_norm")
+    return {k: x for k, x in found.items() if k in always or not math.isnan(x)}
 
 
 class Clock:

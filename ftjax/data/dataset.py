@@ -40,6 +40,7 @@ class Dataset:
         chosen and the rejected of a pair.
       values: float32, one number per group, by name.
       members: of a group, at most.
+      ends: rows hold the last token of an example too.
     """
 
     examples: list[enc.Example]
@@ -48,6 +49,7 @@ class Dataset:
     groups: list[tuple[int, ...]] = field(default_factory=list)
     values: dict[str, np.ndarray] = field(default_factory=dict)
     members: int = 1
+    ends: bool = False
 
     def __post_init__(self) -> None:
         self.groups = self.groups or [(i,) for i in range(len(self.examples))]
@@ -96,25 +98,17 @@ def build_dataset(
     )
     report = DataReport(source, split, data_config.max_length)
     notes = enc.Notes()
-    rules = _rules(data_config)
     skip = data_config.on_bad_row == "skip"
     rows: Iterable[Row] = reader
     if split == "eval" and data_config.eval_rows:
         rows = _spread(list(reader), data_config.eval_rows)
     groups = _groups(rows, report, tokenizer.template is not None, skip, reads)
-    kept: list[tuple[Group, tuple[enc.Example, ...]]] = []
-    while chunk := list(islice(groups, CHUNK)):
-        samples = [sample for group in chunk for sample in group.samples]
-        outcomes = iter(enc.encode_all(samples, tokenizer, rules, notes))
-        for group in chunk:
-            made = [next(outcomes) for _ in group.samples]
-            if examples := _kept(made, report, skip, notes):
-                kept.append((group, examples))
+    kept = list(_encoded(groups, tokenizer, data_config, report, notes))
     _take_over(reader, report)
     _check_pairs(report, source)
     if not kept:
         raise _nothing_left(report, source)
-    data = _gather(kept, report, reads, rules.max_length)
+    data = _gather(kept, report, reads, data_config.max_length)
     report.kept = len(data.groups)
     refuse_no_signal(source, reads, data.values)
     _check_ids(data.examples, vocab_size)
@@ -123,8 +117,29 @@ def build_dataset(
     return data
 
 
+Encoded = tuple[Group, tuple[enc.Example, ...]]
+
+
+def _encoded(
+    groups: Iterator[Group],
+    tokenizer: Tokenizer,
+    data_config: Any,
+    report: DataReport,
+    notes: enc.Notes,
+) -> Iterator[Encoded]:
+    """The groups of which no member is left out, many encoded at once."""
+    rules, skip = _rules(data_config), data_config.on_bad_row == "skip"
+    while chunk := list(islice(groups, CHUNK)):
+        samples = [sample for group in chunk for sample in group.samples]
+        outcomes = iter(enc.encode_all(samples, tokenizer, rules, notes))
+        for group in chunk:
+            made = [next(outcomes) for _ in group.samples]
+            if examples := _kept(made, report, skip, notes):
+                yield group, examples
+
+
 def _gather(
-    kept: list[tuple[Group, tuple[enc.Example, ...]]],
+    kept: list[Encoded],
     report: DataReport,
     reads: str,
     most: int,

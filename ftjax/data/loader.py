@@ -15,15 +15,15 @@ MULTIPLE = 32  # of row lengths, so that near lengths compile to one program
 Batch = dict[str, np.ndarray]
 
 
-def slots(example: Example) -> int:
+def slots(example: Example, ends: bool = False) -> int:
     """The places that an example takes in a row: its tokens but the last, which only
-    is a target."""
-    return len(example.ids) - 1
+    is a target; that one too, where a head reads it (`ends`)."""
+    return len(example.ids) - (not ends)
 
 
 def group_slots(dataset: Dataset) -> np.ndarray:
     """The places that each group takes: those of all its members, int64 [n]."""
-    sizes = np.array([slots(e) for e in dataset.examples], np.int64)
+    sizes = np.array([slots(e, dataset.ends) for e in dataset.examples], np.int64)
     return np.array([sizes[list(group)].sum() for group in dataset.groups], np.int64)
 
 
@@ -110,9 +110,15 @@ class Loader:
 
     def epoch(self, rows: int) -> Iterator[Batch]:
         """One pass in file order; the last batch is padded by rows of weight 0."""
+        for batch, _ in self.epoch_groups(rows):
+            yield batch
+
+    def epoch_groups(self, rows: int) -> Iterator[tuple[Batch, list[list[int]]]]:
+        """As `epoch`, each batch with the indices of the groups in its rows."""
         in_order = sorted(self.rows)
         for start in range(0, len(in_order), rows):
-            yield self._fill([list(r) for r in in_order[start : start + rows]], rows)
+            groups = [list(row) for row in in_order[start : start + rows]]
+            yield self._fill(groups, rows), groups
 
     def _fill(self, chosen: list[list[int]], rows: int) -> Batch:
         names = ("tokens", "targets", "segments", "positions")
@@ -128,16 +134,18 @@ class Loader:
                 for m, index in enumerate(self.dataset.groups[group]):
                     example = self.dataset.examples[index]
                     segment = stride * place + m + 1
-                    start = _write(batch, row, start, example, segment)
+                    start = self._write(batch, row, start, example, segment)
         return batch
 
-
-def _write(batch: Batch, row: int, start: int, example: Example, segment: int) -> int:
-    """Writes an example into a row; returns where the next one begins."""
-    end = start + slots(example)
-    batch["tokens"][row, start:end] = example.ids[:-1]
-    batch["targets"][row, start:end] = example.ids[1:]
-    batch["weights"][row, start:end] = example.trained[1:]
-    batch["segments"][row, start:end] = segment
-    batch["positions"][row, start:end] = np.arange(end - start)
-    return end
+    def _write(
+        self, batch: Batch, row: int, start: int, example: Example, segment: int
+    ) -> int:
+        """Writes an example into a row; returns where the next one begins."""
+        size = slots(example, self.dataset.ends)
+        end, predicted = start + size, start + len(example.ids) - 1
+        batch["tokens"][row, start:end] = example.ids[:size]
+        batch["targets"][row, start:predicted] = example.ids[1:]
+        batch["weights"][row, start:predicted] = example.trained[1:]
+        batch["segments"][row, start:end] = segment
+        batch["positions"][row, start:end] = np.arange(size)
+        return end

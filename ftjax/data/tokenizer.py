@@ -1,5 +1,6 @@
 """A fast tokenizer read from local files, and the chat template that goes with it."""
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -112,6 +113,11 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """The ids of a prompt in chat form, up to where the assistant speaks."""
         return self.encode([self.render(messages)], add_special=False)[0]
+
+    def fingerprint(self) -> str:
+        """A hash of what every id stands for."""
+        ids = sorted(self._hf.get_vocab().items())
+        return hashlib.blake2b(repr(ids).encode(), digest_size=16).hexdigest()
 
     def require_template(self, where: str) -> ChatTemplate:
         """The chat template, or a UserError that names the ways out."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ftjax.losses.sums import Sums
+from ftjax.losses.sums import Sums, extremes
 from ftjax.sharding import put_batch
 from ftjax.step import Objective, Totals
 
@@ -51,10 +51,11 @@ def evaluate(
     found |= terms if len(terms) > 1 else {}
     if "nll" in terms:
         found["perplexity"] = math.exp(min(terms["nll"], 700.0))
-    for name in rows[0][0].means:
-        found[name] = _ratio(sums.means[name] for sums, _, _ in rows)
-    for name in rows[0][0].most:
-        found[name] = max(sums.most[name] for sums, _, _ in rows)
+    first = rows[0][0]
+    means = {k: _ratio(sums.means[k] for sums, _, _ in rows) for k in first.means}
+    found |= {k: x for k, x in means.items() if not math.isnan(x)}
+    most = {k: max(sums.most[k] for sums, _, _ in rows) for k in first.most}
+    found |= extremes(most)
     return {**found, "tokens": int(math.fsum(tokens for _, _, tokens in rows))}
 
 

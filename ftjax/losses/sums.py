@@ -1,6 +1,6 @@
 """What every loss returns: sums, which the step adds up and divides once."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -20,8 +20,9 @@ class Sums(NamedTuple):
     Attributes:
       terms: of the loss, each a sum [] that a gradient flows through; what it is
         divided by is a matter of the data alone (see `step.Objective`).
-      means: metrics.
-      most: metrics that are the largest of something, [].
+      means: metrics; one without weight says nothing.
+      most: metrics that are the largest of something, []; those whose names begin with
+        a minus are the largest of what is negated: the smallest.
     """
 
     terms: dict[str, Array]
@@ -40,6 +41,11 @@ class Sums(NamedTuple):
         )
 
     def metrics(self) -> dict[str, Array]:
-        """Every mean, and every largest value."""
-        means = {k: x.sum / jnp.maximum(x.weight, 1e-30) for k, x in self.means.items()}
-        return {**means, **self.most}
+        """Every mean (NaN where nothing has weight), and every extreme."""
+        means = {k: x.sum / x.weight for k, x in self.means.items()}
+        return means | extremes(self.most)
+
+
+def extremes(most: dict[str, Any]) -> dict[str, Any]:
+    """The largest and the smallest values, each under its own name."""
+    return {k.lstrip("-"): -x if k[0] == "-" else x for k, x in most.items()}

@@ -132,7 +132,9 @@ def _with_params(method: Method, model: Decoder, pick: Pick) -> Method:
 
     parts = {**method.parts, "params": part}
     rows = [*method.rows, *rows]
-    return replace(method, parts=parts, init=init, rest=rest, rows=rows)
+    return replace(
+        method, parts=parts, init=init, rest=rest, rows=rows, frozen_is_base=False
+    )
 
 
 def _label(path: LeafPath) -> str:

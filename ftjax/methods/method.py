@@ -39,7 +39,14 @@ def _full(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
         return jax.tree.map(master, base)
 
     part = Part(abstract_params(model), params_axes(model))
-    return Method("full", {"params": part}, init, lambda base: {}, whole=True)
+    return Method(
+        "full",
+        {"params": part},
+        init,
+        lambda base: {},
+        whole=True,
+        frozen_is_base=False,
+    )
 
 
 def _lora(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:

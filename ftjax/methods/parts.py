@@ -55,6 +55,7 @@ class Method:
       rows: of the table of what is trained, without the sum.
       lora: ranks and scales, where a low-rank update is all that is trained.
       whole: every weight of the base is trained, so that a checkpoint needs no base.
+      frozen_is_base: what is frozen is, alone, the base: the reference of a preference.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Method:
     rows: list[Row] = field(default_factory=list)
     lora: LoraPlan | None = None
     whole: bool = False
+    frozen_is_base: bool = True
 
     def start(self, base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
         """(trained, frozen) at the start of a run."""

@@ -48,15 +48,13 @@ def dpo(model: Decoder, config: Any) -> Objective:
     def loss(policy: PyTree, frozen: PyTree, batch: PyTree, key: Any = None) -> Sums:
         tokens = rows.logps(model, policy, batch, config.chunk, key)
         if REFERENCE[0] in batch:
-            reference = tuple(batch[name] for name in REFERENCE)
+            reference = batch[REFERENCE[0]], batch[REFERENCE[1]]
         else:
-            found = rows.logps(model, frozen, batch, config.chunk)
-            reference = jax.lax.stop_gradient(sums_of(found, batch, config.ld_alpha))
-        n = rows.pair_sums(batch["weights"], batch)
-        pairs = Pairs(*sums_of(tokens, batch, config.ld_alpha), *reference, *n)
-        terms = {
-            "preference": jnp.zeros((), jnp.float32),
-        }
+            base = rows.logps(model, frozen, batch, config.chunk)
+            reference = jax.lax.stop_gradient(sums_of(base, batch, config.ld_alpha))
+        own = sums_of(tokens, batch, config.ld_alpha)
+        pairs = Pairs(*own, *reference, *rows.pair_sums(batch["weights"], batch))
+        terms = {"preference": jnp.zeros((), jnp.float32)}
         for name, weight in mixture.items():
             if name == SFT:
                 nll = -jnp.sum(tokens.logp_BT * rows.chosen_weights(batch))
@@ -64,8 +62,7 @@ def dpo(model: Decoder, config: Any) -> Objective:
             else:
                 each = LOSSES[name](pairs, options) * batch["pair"]
                 terms["preference"] += weight * jnp.sum(each)
-        found = metrics(pairs, beta=config.beta)
-        means = rows.means(found, batch["pair"])
+        means = rows.means(metrics(pairs, beta=config.beta), batch["pair"])
         return Sums(terms, means | rows.side_metrics(tokens, batch), {})
 
     over = {"preference": lambda batch: batch["pair"]}

@@ -1,0 +1,76 @@
+"""The tasks: which rows each reads, what it trains beside a method, and its objective.
+
+A new objective is a file beside this one and a line of `TASKS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ftjax.errors import UserError
+from ftjax.models.decoder import Decoder
+from ftjax.objectives.causal import causal
+from ftjax.objectives.dpo import dpo
+from ftjax.objectives.orpo import orpo
+from ftjax.objectives.reward import HEAD, reward_model
+from ftjax.step import Objective
+
+
+@dataclass(frozen=True)
+class Task:
+    """An objective and what it needs.
+
+    Attributes:
+      make: (model, `config.loss`) -> the objective.
+      reads: the kind of rows; see `data.groups`.
+      reference: it compares with a reference model.
+      head: the collection of a scalar head that it trains, if it does.
+      ends: rows hold the last token of a sequence too, where a head reads it.
+      shown: metrics that tell most, for people.
+    """
+
+    make: Callable[[Decoder, Any], Objective]
+    reads: str = "answers"
+    reference: bool = False
+    head: str = ""
+    ends: bool = False
+    shown: tuple[str, ...] = ()
+
+
+def _causal(model: Decoder, config: Any) -> Objective:
+    return causal(model, config.chunk)
+
+
+LIKELIHOOD = ("perplexity", "token_accuracy")
+PREFERENCE = ("rewards/accuracies_fair", "rewards/margins")
+
+TASKS: dict[str, Task] = {
+    "sft": Task(_causal, shown=LIKELIHOOD),
+    "generic": Task(_causal, shown=LIKELIHOOD),
+    "reward": Task(
+        reward_model,
+        "pairs",
+        head=HEAD,
+        ends=True,
+        shown=("accuracy_fair", "margin"),
+    ),
+    "dpo": Task(dpo, "pairs", reference=True, shown=PREFERENCE),
+    "orpo": Task(orpo, "mixed", shown=("nll", *PREFERENCE)),
+}
+
+
+def task_of(name: str) -> Task:
+    """The task of a config, `config.task`.
+
+    Raises:
+      UserError: there is no such task.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    raise UserError(
+        "there is no such task",
+        where="config.task",
+        expected=", ".join(TASKS),
+        got=repr(name),
+        fix="begin with a file of configs/",
+    )
