@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ftjax.losses.chunks import (
     Order,
@@ -30,13 +31,14 @@ from ftjax.weights import Array
 class TokenLogps(NamedTuple):
     """Per token, [B, T] float32, all 0 where the weight is 0.
 
-    A gradient flows through `logp_BT` alone.
+    Gradients flow through `logp_BT` and `mean_logp_BT` alone.
     """
 
     logp_BT: Array  # log softmax(logits)[target]
     entropy_BT: Array  # -sum_v p_v log p_v, nats
     correct_BT: Array  # 1 where no logit is above the target's, else 0
     mean_logit_BT: Array  # the mean of the logits over the vocabulary
+    mean_logp_BT: Array  # the mean of log p_v over the vocabulary: for label smoothing
 
 
 def token_logps(
@@ -64,8 +66,9 @@ def token_logps(
     """
     scale = jnp.asarray(temperature, jnp.float32)
     inputs = _Inputs(hidden_BTD, head_DV, targets_BT, weights_BT, scale)
-    logp, *others = _token_logps(chunk, inputs)
-    return TokenLogps(logp, *jax.lax.stop_gradient(others))
+    logp, *others, mean_logp = _token_logps(chunk, inputs)
+    entropy, correct, mean_logit = jax.lax.stop_gradient(others)
+    return TokenLogps(logp, entropy, correct, mean_logit, mean_logp)
 
 
 class _Inputs(NamedTuple):
@@ -78,7 +81,7 @@ class _Inputs(NamedTuple):
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """Which gradients are: no leaf, so that it is known when tracing."""
 
     to_hidden: bool
@@ -93,15 +96,20 @@ def _token_logps(chunk: int, inputs: _Inputs) -> tuple[Array, ...]:
 def _forward(chunk: int, primals: _Inputs) -> Any:
     inputs = _Inputs(*(primal.value for primal in primals))
     found, lse_BP = _walk(chunk, inputs)
-    wanted = _Wanted(primals.hidden.perturbed, primals.head.perturbed)
+    wanted = Wanted(primals.hidden.perturbed, primals.head.perturbed)
     return found, (inputs, lse_BP, wanted)
 
 
 def _backward(chunk: int, saved: Any, cotangents: Any) -> Any:
-    if isinstance(cotangents[0], jax.custom_derivatives.SymbolicZero):
+    logp, *_, mean_logp = cotangents
+    nought = [isinstance(g, SymbolicZero) for g in (logp, mean_logp)]
+    if all(nought):
         return (None,)
     inputs, lse_BP, wanted = saved
-    dhidden, dhead = _walk_back(chunk, inputs, lse_BP, wanted, cotangents[0])
+    zeros = jnp.zeros(logp.shape, jnp.float32)
+    g_BT = zeros if nought[0] else logp
+    h_BT = None if nought[1] else mean_logp
+    dhidden, dhead = _walk_back(chunk, inputs, lse_BP, wanted, g_BT, h_BT)
     return (_Inputs(dhidden, dhead, None, None, None),)
 
 
@@ -118,7 +126,7 @@ def _rows(inputs: _Inputs, order: Order, chunk: int) -> _Rows:
 
 
 def _walk(chunk: int, inputs: _Inputs) -> tuple[tuple[Array, ...], Array]:
-    """The four results, and the log sum exp [B, P] in the order of the walk."""
+    """The results, and the log sum exp [B, P] in the order of the walk."""
     hidden, head, _, weights, temperature = inputs
     chunk = min(chunk, hidden.shape[1])
     order = weighted_first(weights, chunk)
@@ -130,7 +138,7 @@ def _walk(chunk: int, inputs: _Inputs) -> tuple[tuple[Array, ...], Array]:
         found = _chunk(part, matrix, temperature)
         return [paste(all_, new, i) for all_, new in zip(carry, found, strict=True)]
 
-    start = [jnp.zeros(rows.targets.shape, jnp.float32)] * 5
+    start = [jnp.zeros(rows.targets.shape, jnp.float32)] * 6
     *found, lse_BP = jax.lax.fori_loop(0, order.chunks, body, start)
     counts = weights != 0
     results = (jnp.where(counts, reorder(x, order.back_BT), 0) for x in found)
@@ -138,7 +146,7 @@ def _walk(chunk: int, inputs: _Inputs) -> tuple[tuple[Array, ...], Array]:
 
 
 def _chunk(rows: _Rows, matrix: Array, temperature: Array) -> tuple[Array, ...]:
-    """log p, entropy, correct, mean logit and log sum exp of a chunk, each [B, C]."""
+    """The fields of `TokenLogps` and the log sum exp of a chunk, each [B, C]."""
     logits = head_logits(rows.hidden, matrix) / temperature
     top = jnp.max(logits, axis=-1, keepdims=True)
     exps = jnp.exp(logits - top)
@@ -152,28 +160,44 @@ def _chunk(rows: _Rows, matrix: Array, temperature: Array) -> tuple[Array, ...]:
         jnp.log(norm) - below,
         (at == top)[..., 0].astype(jnp.float32),
         jnp.mean(logits, axis=-1),
+        jnp.mean(logits - top, axis=-1) - jnp.log(norm),
         lse,
     )
 
 
 def _walk_back(
-    chunk: int, inputs: _Inputs, lse_BP: Array, wanted: _Wanted, g_BT: Array
+    chunk: int,
+    inputs: _Inputs,
+    lse_BP: Array,
+    wanted: Wanted,
+    g_BT: Array,
+    h_BT: Array | None,
 ) -> tuple[Any, Any]:
-    """The gradients that are wanted, each chunk's logits made anew."""
+    """The gradients that are wanted, each chunk's logits made anew.
+
+    `g_BT` is the cotangent of `logp_BT`, `h_BT` that of `mean_logp_BT`.
+    """
     hidden, head, _, weights, temperature = inputs
     chunk = min(chunk, hidden.shape[1])
     order = weighted_first(weights, chunk)
     rows = _rows(inputs, order, chunk)
-    g_BP = arrange(jnp.where(weights != 0, g_BT, 0), order, chunk)
+    # What does not count may share a chunk with what does.
+    g_BP = arrange(jnp.where(weights != 0, g_BT / temperature, 0), order, chunk)
+    if h_BT is not None:
+        h_BP = arrange(jnp.where(weights != 0, h_BT / temperature, 0), order, chunk)
     matrix = head.astype(hidden.dtype)
 
     def body(i: Array, carry: Any) -> Any:
         dhidden, dhead = carry
         part = _Rows(*(cut(array, i, chunk) for array in rows))
-        g = (cut(g_BP, i, chunk) / temperature)[..., None]
         logits = head_logits(part.hidden, matrix) / temperature
         probs = jnp.exp(logits - cut(lse_BP, i, chunk)[..., None])
-        error = (g * (one_hot(part.targets, logits.shape) - probs)).astype(hidden.dtype)
+        g = cut(g_BP, i, chunk)[..., None]
+        error = g * (one_hot(part.targets, logits.shape) - probs)
+        if h_BT is not None:
+            h = cut(h_BP, i, chunk)[..., None]
+            error = error + h * (1 / logits.shape[-1] - probs)
+        error = error.astype(hidden.dtype)
         if wanted.to_hidden:
             dh = jnp.einsum("BCV,DV->BCD", error, matrix)
             dhidden = paste(dhidden, dh, i)
