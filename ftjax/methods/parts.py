@@ -54,6 +54,7 @@ class Method:
       rest: base -> what of it stays frozen; no array is in both.
       rows: of the table of what is trained, without the sum.
       lora: ranks and scales, where a low-rank update is all that is trained.
+      beside: frozen collections that are no part of the base; `rest` makes them.
       whole: every weight of the base is trained, so that a checkpoint needs no base.
     """
 
@@ -64,6 +65,7 @@ class Method:
     rows: list[Row] = field(default_factory=list)
     lora: LoraPlan | None = None
     whole: bool = False
+    beside: dict[str, Part] = field(default_factory=dict)
 
     def start(self, base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
         """(trained, frozen) at the start of a run."""
