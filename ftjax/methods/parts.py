@@ -53,7 +53,7 @@ class Method:
         {'params': ...}, and 'quant' where some of it is quantized.
       rest: base -> what of it stays frozen; no array is in both.
       rows: of the table of what is trained, without the sum.
-      lora: ranks and scales, where a low-rank update is all that is trained.
+      lora: ranks and scales of a low-rank update.
       beside: frozen collections that are no part of the base; `rest` makes them.
       whole: every weight of the base is trained, so that a checkpoint needs no base.
     """

@@ -64,10 +64,13 @@ def plan_vera(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method
         return {**base, "vera": {PAIR: _beside(base, pair)}}
 
     shapes, axes = jax.eval_shape(lambda: start(plan, config)), _axes(plan, config)
-    own = {PAIR: Pair(_float(a), _float(b))}
-    part, extra = Part(shapes, axes), Part(own, {PAIR: Pair((None,) * 2, (None,) * 2)})
-    rows = _rows(plan, config.rank)
-    return Method("vera", {"vera": part}, init, rest, rows, beside={"vera": extra})
+    key, whole = config.projection_prng_key, (None, None)
+    pair = Part(
+        {PAIR: Pair(_float(a), _float(b), key)},
+        {PAIR: Pair(whole, whole, key)},  # type: ignore[arg-type]
+    )
+    parts, rows = {"vera": Part(shapes, axes)}, _rows(plan, config.rank)
+    return Method("vera", parts, init, rest, rows, beside={"vera": pair})
 
 
 def targets(sites: Mapping[Path, Site], text: str) -> dict[Path, Target]:
@@ -105,7 +108,7 @@ def draw_pair(a: tuple[int, int], b: tuple[int, int], key: int) -> Pair:
         values = stream(key, f"vera.{name}").uniform(-1, 1, shape)
         return jnp.asarray(values * math.sqrt(6 / shape[0]), jnp.float32)
 
-    return Pair(draw("A", a), draw("B", b))
+    return Pair(draw("A", a), draw("B", b), key)
 
 
 def start(plan: Mapping[Path, Target], config: Any) -> Any:

@@ -25,6 +25,7 @@ class Pair:
 
     a: Array  # [I, rank], I the widest inputs
     b: Array  # [rank, O], O the widest outputs
+    key: int = flax.struct.field(pytree_node=False, default=0)  # that drew them
 
 
 @flax.struct.dataclass
