@@ -116,6 +116,12 @@ def method_config(name: str) -> ConfigDict:
         method.alpha_pattern = ""
         method.use_rslora = False  # scale alpha / sqrt(rank)
         method.init = "kaiming"  # kaiming, gaussian; loftq: of a quantized base
+    if name == "vera":
+        method.rank = 256
+        method.dropout = 0.0
+        method.targets = "all-linear"
+        method.d_initial = 0.1
+        method.projection_prng_key = 0  # draws the frozen matrices; `seed` does not
     if name == "freeze":
         method.layers = 1  # the last ones; 0: none
         method.pattern = ""  # regexes of other weights: lm_head,.*norm

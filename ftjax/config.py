@@ -30,6 +30,9 @@ SETTING = Range(
 NOT_EMPTY = Range("a name or a path", bool)
 
 
+METHODS = ("lora", "vera", "full", "freeze", "bottleneck", "ia3", "prompt", "prefix")
+
+
 def one_of(*values: str) -> Range:
     return Range(" or ".join(values), lambda x: x in values)
 
@@ -41,10 +44,8 @@ RULES: dict[str, Range] = {
     "model.param_dtype": one_of("auto", "float32", "bfloat16"),
     "model.remat": one_of("none", "dots", "full"),
     "method.name": Range(
-        "lora, qlora, full, freeze, bottleneck, ia3, prompt or prefix",
-        lambda x: (
-            x in ("lora", "full", "freeze", "bottleneck", "ia3", "prompt", "prefix")
-        ),
+        "lora, qlora, vera, full, freeze, bottleneck, ia3, prompt or prefix",
+        lambda x: x in METHODS,
     ),
     "method.rank": AT_LEAST_1,
     "method.alpha": POSITIVE,
@@ -52,6 +53,8 @@ RULES: dict[str, Range] = {
     "method.targets": NOT_EMPTY,
     "method.init": one_of("kaiming", "gaussian", "loftq"),
     "method.layers": AT_LEAST_0,
+    "method.d_initial": POSITIVE,
+    "method.projection_prng_key": AT_LEAST_0,
     "method.kind": one_of("houlsby", "pfeiffer"),
     "method.size": AT_LEAST_1,
     "method.tokens": AT_LEAST_1,

@@ -86,6 +86,8 @@ def _frozen(shape: Shape, mesh: Mesh) -> int:
     part = shape.method.parts.get("params")
     if part is not None:  # these are trained, and counted there
         total -= _bytes(part.shapes, part.axes, mesh, item)
+    for beside in shape.method.beside.values():
+        total += _bytes(beside.shapes, beside.axes, mesh, 4)
     if formats:
         sites = find_sites(shape.model)
         quant = abstract_quant(sites, formats), quant_axes(sites, formats)
@@ -109,7 +111,7 @@ def _layer(spec: ModelSpec) -> dict[str, int]:
 def kept_per_token(spec: ModelSpec, config: Any) -> int:
     """Numbers per token that all layers keep."""
     layer = _layer(spec)[config.model.remat]
-    rank = config.method.rank * 7 if config.method.name == "lora" else 0
+    rank = config.method.rank * 7 if config.method.name in ("lora", "vera") else 0
     kept = layer + (0 if config.model.remat == "full" else rank)
     return spec.n_layers * kept + 4 * spec.d_model
 

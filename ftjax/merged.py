@@ -25,6 +25,7 @@ from ftjax.methods.quant import dequantize
 from ftjax.models.decoder import Decoder
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import Weight
+from ftjax.models.vera import as_lora
 from ftjax.quant.qtensor import QTensor
 from ftjax.sharding import batch_sharding, make_mesh
 
@@ -35,12 +36,12 @@ def merged_params(policy: Policy) -> Any:
     Raises:
       UserError: it has learned something that is no weight.
     """
-    others = policy.variables.keys() - {"params", "quant", "lora", "ia3"}
+    others = policy.variables.keys() - {"params", "quant", "lora", "vera", "ia3"}
     if others:
         raise UserError(
             "what was learned does not fit into the weights of the model",
             where=policy.label,
-            expected="an update of weights: lora, ia3, or weights themselves",
+            expected="an update of weights: lora, vera, ia3, or weights themselves",
             got=", ".join(sorted(others)),
             fix="use it as it is, with --workdir or --adapter",
         )
@@ -49,9 +50,15 @@ def merged_params(policy: Policy) -> Any:
         params = jax.jit(dequantize)(params, policy.variables["quant"])
     if "lora" in policy.variables:
         params = jax.jit(merge)(params, policy.variables["lora"])
+    if "vera" in policy.variables:
+        params = jax.jit(_merge_vera)(params, policy.variables["vera"])
     if "ia3" in policy.variables:
         params = jax.jit(merge_ia3)(params, policy.variables["ia3"])
     return params
+
+
+def _merge_vera(params: Any, vera: Any) -> Any:
+    return merge(params, as_lora(vera))
 
 
 def kinds(quant: Any) -> str:

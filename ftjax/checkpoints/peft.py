@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as FilePath
@@ -25,6 +25,7 @@ from ftjax.checkpoints.peft_config import (
     lookup,
     read_config,
     refuse,
+    saves,
     targeted,
 )
 from ftjax.checkpoints.tensors import (
@@ -81,7 +82,13 @@ class Adapter:
 
 
 def save_adapter(
-    folder: FilePath, lora: Any, plan: LoraPlan, base_name: str, base_hash: str | None
+    folder: FilePath,
+    lora: Any,
+    plan: LoraPlan,
+    base_name: str,
+    base_hash: str | None,
+    beside: Sequence[Entry] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes an adapter that PEFT loads over the transformers model.
 
@@ -91,8 +98,10 @@ def save_adapter(
       plan: that it was made by; layers of rank 0 are left out.
       base_name: written as `base_model_name_or_path`.
       base_hash: of the base's weights, kept in the header of the tensors.
+      beside: other tensors of the adapter.
+      settings: what the configuration says of these.
     """
-    entries: list[Entry] = []
+    entries = list(beside)
     for path, at in plan.sites.items():
         delta = _get(lora, path)["w"]
         a = np.asarray(delta.a, np.float32).reshape(
@@ -114,7 +123,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"} | ({HASH_KEY: base_hash} if base_hash else {})
     write_tensors(folder / TENSORS, entries, np.dtype(np.float32), metadata)
-    config = adapter_config(plan, base_name)
+    config = adapter_config(plan, base_name) | dict(settings or {})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
@@ -166,16 +175,27 @@ def _number(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def load_adapter(folder: FilePath, sites: Mapping[Path, Site]) -> Adapter:
+def load_adapter(
+    folder: FilePath,
+    sites: Mapping[Path, Site],
+    config: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Adapter:
     """Reads an adapter for a model with these sites.
+
+    Args:
+      folder: with its two files.
+      sites: of the model.
+      config: as `read_config` has it, where it was read before.
+      tensors: those that are to be looked at; all if None.
 
     Raises:
       UserError: naming the file, the config key or the tensor, for whatever is missing,
         left over, of another shape, or not computed by ftjax.
     """
-    config = read_config(folder)
+    config = read_config(folder) if config is None else config
     where = folder / CONFIG
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder) if tensors is None else tensors
     layers = {
         name: site
         for path, site in sites.items()
@@ -183,7 +203,7 @@ def load_adapter(folder: FilePath, sites: Mapping[Path, Site]) -> Adapter:
         for name in site_names(site)
     }
     pairs = _pair(tensors, layers, folder)
-    _check_targets(config, pairs, layers, where)
+    check_targets(config, pairs, layers, where)
     ranks = {
         name: lookup(config["rank_pattern"], name, config["r"], where) for name in pairs
     }
@@ -280,7 +300,7 @@ def _what_is(key: str, name: str, layers: Mapping[str, Site], tensor: Tensor) ->
     return f"a module that is not in the model: {name or key}"
 
 
-def _check_targets(
+def check_targets(
     config: Mapping[str, Any],
     pairs: Mapping[str, Any],
     layers: Mapping[str, Site],
@@ -300,6 +320,7 @@ def _check_targets(
         for name in layers
         if targeted(targets, name, where)
         and not targeted(config.get("exclude_modules") or [], name, where)
+        and not saves(config, name)
         and (not kept or int(name.split(".")[2]) in kept)
     }
     lost, extra = wanted - pairs.keys(), pairs.keys() - wanted

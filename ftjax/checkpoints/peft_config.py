@@ -19,7 +19,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "kasa_config": (),
     "layer_replication": ([],),
     "lora_bias": (False,),
-    "modules_to_save": ([],),
     "monteclora_config": (),
     "target_parameters": ([],),
     "trainable_token_indices": ([], {}),
@@ -99,6 +98,14 @@ def targeted(targets: Any, name: str, where: Path) -> bool:
     if isinstance(targets, str):
         return _matches(targets, name, where)
     return any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def saves(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a module's weights are saved whole, so that it has no update."""
+    parts = name.split(".")
+    inside_of = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    modules = config.get("modules_to_save") or []
+    return any(at == m or at.endswith(f".{m}") for at in inside_of for m in modules)
 
 
 def lookup(pattern: Mapping[str, Any], name: str, usual: Any, where: Path) -> Any:

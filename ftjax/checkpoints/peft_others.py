@@ -1,4 +1,4 @@
-"""PEFT's adapters that are no low-rank update: (IA)^3, prompt tuning, prefix tuning.
+"""PEFT's adapters of every kind; here (IA)^3, prompt tuning and prefix tuning.
 
 `ia3_l` is [out, 1], or [1, in] of a feed-forward module. `prompt_embeddings` is [n, D]
 of a prompt, and [n, layers * 2 * heads * head_dim] of a prefix: layer by layer the
@@ -7,8 +7,8 @@ keys, then the values.
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -17,8 +17,17 @@ import numpy as np
 
 from ftjax.checkpoints import peft
 from ftjax.checkpoints.jsonfile import inside, read_json
-from ftjax.checkpoints.peft_config import CONFIG, refuse, targeted
-from ftjax.checkpoints.tensors import FLOATS, Entry, Tensor, write_tensors
+from ftjax.checkpoints.peft_config import CONFIG, read_config, refuse, targeted
+from ftjax.checkpoints.peft_saved import (
+    Saved,
+    saved_config,
+    saved_entries,
+    take_saved,
+)
+from ftjax.checkpoints.peft_tensors import nothing_left, take
+from ftjax.checkpoints.peft_vera import FIXED as VERA_FIXED
+from ftjax.checkpoints.peft_vera import vera_in, vera_out
+from ftjax.checkpoints.tensors import Entry, Tensor, write_tensors
 from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan
 from ftjax.models.proj import HEAD, INPUTS, OUTPUTS, Path, Site, put, site_names
@@ -27,13 +36,16 @@ from ftjax.models.spec import ModelSpec
 # Our collection -> PEFT's name.
 KINDS = {
     "lora": "LORA",
+    "vera": "VERA",
     "ia3": "IA3",
     "prompt": "PROMPT_TUNING",
     "prefix": "PREFIX_TUNING",
 }
+WITH_WEIGHTS = ("lora", "vera", "ia3")  # may have whole weights beside them
 EMBEDDINGS = "prompt_embeddings"
 # Keys that change what is computed -> what is computed here.
 FIXED: dict[str, dict[str, Any]] = {
+    "vera": VERA_FIXED,
     "ia3": {"fan_in_fan_out": False},
     "prompt": {"num_transformer_submodules": 1},
     "prefix": {"num_transformer_submodules": 1, "prefix_projection": False},
@@ -50,6 +62,7 @@ class Adapter:
       plan: ranks and scales, where it is 'lora'.
       base_name: of the model it was trained on, as it says.
       base_hash: of that model's weights, or None if another program wrote the adapter.
+      saved: weights of the base in their new state, by their published names.
     """
 
     kind: str
@@ -57,6 +70,7 @@ class Adapter:
     plan: LoraPlan | None
     base_name: str
     base_hash: str | None
+    saved: Saved = field(default_factory=dict)
 
     @property
     def virtual(self) -> int:
@@ -71,6 +85,22 @@ def adapter_kind(names: Any) -> str | None:
     return next((kind for kind in KINDS if kind in names), None)
 
 
+def why_unsaved(
+    variables: Mapping[str, Any], saved: Collection[str], sites: Mapping[Path, Site]
+) -> str:
+    """Why PEFT has no files for these; empty where it has, or there is no adapter."""
+    kind = adapter_kind(variables)
+    if kind is None or not saved:
+        return ""
+    if kind not in WITH_WEIGHTS:
+        return f"PEFT's files of {KINDS[kind]} have no place for weights of the base"
+    for path, site in sites.items():
+        both = {f"{name}.weight" for name in site_names(site)} & set(saved)
+        if both and _at(variables[kind], path):
+            return f"{min(both)} is trained, and has an update beside it"
+    return ""
+
+
 def save_any(
     folder: FilePath,
     variables: Mapping[str, Any],
@@ -78,6 +108,9 @@ def save_any(
     sites: Mapping[Path, Site],
     base_name: str,
     base_hash: str | None,
+    *,
+    saved: Collection[str] = (),
+    spec: ModelSpec | None = None,
 ) -> None:
     """Writes the adapter among some variables, so that PEFT loads it.
 
@@ -88,20 +121,28 @@ def save_any(
       sites: of the model.
       base_name: written as `base_model_name_or_path`.
       base_hash: of the base's weights, kept in the header of the tensors.
+      saved: published names of weights of the base that belong to it.
+      spec: of the model, where there are any.
     """
     kind = adapter_kind(variables)
     if kind is None:
         raise ValueError(f"no adapter among {sorted(variables)}")
-    tree = variables[kind]
+    tree, entries = variables[kind], []
+    if saved and spec:
+        entries = saved_entries(variables["params"], saved, spec)
     if kind == "lora":
         if plan is None:
             raise ValueError("a LoRA adapter is saved with its plan")
-        peft.save_adapter(folder, tree, plan, base_name, base_hash)
+        more = saved_config(entries, tie=bool(spec and spec.tied))
+        peft.save_adapter(folder, tree, plan, base_name, base_hash, entries, more)
         return
-    tensors, own = _ia3_out(tree, sites) if kind == "ia3" else _prompt_out(kind, tree)
+    by_site = {"ia3": _ia3_out, "vera": vera_out}
+    write = by_site[kind] if kind in by_site else partial(_prompt_out, kind)
+    tensors, own = write(tree, sites)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"} | ({peft.HASH_KEY: base_hash} if base_hash else {})
-    entries = [Entry(n, x.shape, partial(np.asarray, x)) for n, x in tensors.items()]
+    own |= saved_config(entries)
+    entries += [Entry(n, x.shape, partial(np.asarray, x)) for n, x in tensors.items()]
     write_tensors(folder / peft.TENSORS, entries, np.dtype(np.float32), metadata)
     config = {
         "auto_mapping": None,
@@ -135,7 +176,7 @@ def _ia3_out(tree: Any, sites: Mapping[Path, Site]) -> tuple[Any, dict[str, Any]
     return tensors, own
 
 
-def _prompt_out(kind: str, tree: Any) -> tuple[Any, dict[str, Any]]:
+def _prompt_out(kind: str, tree: Any, sites: Any) -> tuple[Any, dict[str, Any]]:
     """Tensors and configuration of virtual tokens."""
     if kind == "prompt":
         values = np.asarray(tree["tokens"], np.float32)
@@ -162,23 +203,38 @@ def load_any(folder: FilePath, sites: Mapping[Path, Site], spec: ModelSpec) -> A
     if (folder / CONFIG).is_file():
         config = read_json(inside(folder, CONFIG, named_by=str(folder)))
     names = {theirs: ours for ours, theirs in KINDS.items() if ours != "lora"}
-    kind = names.get(str(config.get("peft_type")))
+    kind, where = names.get(str(config.get("peft_type"))), folder / CONFIG
     if kind is None:
-        found = peft.load_adapter(folder, sites)
-        return Adapter("lora", found.lora, found.plan, found.base_name, found.base_hash)
-    where = folder / CONFIG
-    for key, value in {**FIXED[kind], "modules_to_save": None}.items():
+        return _load_lora(folder, sites, spec)
+    for key, value in FIXED[kind].items():
         given = config.get(key)
         if given not in (None, value, []):
             raise refuse(where, key, given, repr(value))
+    if kind not in WITH_WEIGHTS and config.get("modules_to_save"):
+        raise refuse(where, "modules_to_save", config["modules_to_save"], "None")
     tensors = peft.read_tensors(folder)
-    if kind == "ia3":
+    saved = take_saved(config, tensors, spec, folder)
+    if kind == "vera":
+        tree = vera_in(config, tensors, sites, where)
+    elif kind == "ia3":
         tree = _ia3_in(config, tensors, sites, where)
     else:
         tree = _prompt_in(kind, config, tensors, spec, folder)
     base_hash = peft.read_metadata(folder / peft.TENSORS).get(peft.HASH_KEY)
     base_name = str(config.get("base_model_name_or_path") or "")
-    return Adapter(kind, tree, None, base_name, base_hash)
+    return Adapter(kind, tree, None, base_name, base_hash, saved)
+
+
+def _load_lora(
+    folder: FilePath, sites: Mapping[Path, Site], spec: ModelSpec
+) -> Adapter:
+    config = read_config(folder)
+    tensors = peft.read_tensors(folder)
+    saved = take_saved(config, tensors, spec, folder)
+    found = peft.load_adapter(folder, sites, config, tensors)
+    return Adapter(
+        "lora", found.lora, found.plan, found.base_name, found.base_hash, saved
+    )
 
 
 def _ia3_in(
@@ -218,9 +274,9 @@ def _ia3_in(
         for i, name in enumerate(names):
             if aimed[i]:
                 key = f"{peft.PREFIX}{name}.ia3_l"
-                rows[i] = _take(left, key, stored, where.parent).reshape(shape)
+                rows[i] = take(left, key, stored, where.parent).reshape(shape)
         put(tree, (*path, side), rows)
-    _nothing_left(left, where.parent)
+    nothing_left(left, where.parent)
     if not tree:
         raise UserError("the adapter is empty", where=where)
     return tree
@@ -239,42 +295,12 @@ def _prompt_in(
     left = dict(tensors)
     pair = (spec.n_layers, 2, spec.n_kv_heads, spec.head_dim)
     width = spec.d_model if kind == "prompt" else math.prod(pair)
-    values = _take(left, EMBEDDINGS, (n, width), folder)
-    _nothing_left(left, folder)
+    values = take(left, EMBEDDINGS, (n, width), folder)
+    nothing_left(left, folder)
     if kind == "prompt":
         return {"tokens": values}
     pair_LPnKH = values.reshape(n, *pair).transpose(1, 2, 0, 3, 4)
     return {name: np.ascontiguousarray(pair_LPnKH[:, i]) for i, name in enumerate("kv")}
-
-
-def _take(
-    left: dict[str, Tensor], key: str, shape: tuple[int, ...], folder: FilePath
-) -> np.ndarray:
-    """A tensor's values; it is no longer among those that are left."""
-    tensor = left.pop(key, None)
-    fits = tensor is not None and tensor.dtype in FLOATS and tensor.shape == shape
-    if tensor is None or not fits:
-        got = "no such tensor"
-        if tensor is not None:
-            got = f"{tensor.dtype} {list(tensor.shape)}"
-        raise UserError(
-            "the adapter does not fit this model",
-            where=f"{folder / peft.TENSORS}: {key}",
-            expected=f"floats {list(shape)}",
-            got=got,
-            fix="pass the model that the adapter was trained on",
-        )
-    return peft.finite(tensor)
-
-
-def _nothing_left(left: Mapping[str, Tensor], folder: FilePath) -> None:
-    if left:
-        raise UserError(
-            "the adapter has a tensor that this model has no place for",
-            where=f"{folder / peft.TENSORS}: {min(left)}",
-            expected="only what its configuration targets",
-            fix="pass the model that the adapter was trained on",
-        )
 
 
 def _at(tree: Any, path: Path) -> Any:

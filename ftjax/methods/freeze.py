@@ -18,6 +18,7 @@ from ftjax.methods.patterns import each_matches, matches, split_list
 from ftjax.models.decoder import Decoder
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import model_weights
+from ftjax.models.spec import ModelSpec
 from ftjax.models.proj import Path, Site, abstract_params, params_axes, put
 
 Pick = dict[LeafPath, int]  # how many of a leaf's last layers; 0: a leaf without layers
@@ -70,7 +71,20 @@ def train_also(method: Method, model: Decoder, pattern: str) -> Method:
     if not split_list(pattern):
         return method
     pick = pick_weights(model, pattern, "config.method.also_train")
-    return replace(_with_params(method, model, pick), lora=None)
+    return _with_params(method, model, pick)
+
+
+def trained_names(method: Method, spec: ModelSpec) -> frozenset[str]:
+    """The published names of the weights of the base that a method trains."""
+    part = method.parts.get("params")
+    found: set[str] = set()
+    for path, weight in model_weights(spec).items() if part else ():
+        leaf: Any = part.shapes if part else {}
+        for name in path:
+            leaf = leaf.get(name, {}) if isinstance(leaf, dict) else leaf
+        if leaf:
+            found.update(weight.names[-leaf.shape[0] :] if weight.layers else weight.names)
+    return frozenset(found)
 
 
 def pick_weights(model: Decoder, pattern: str, key: str) -> Pick:

@@ -19,6 +19,7 @@ from ftjax.methods.freeze import plan_freeze, train_also
 from ftjax.methods.ia3 import plan_ia3
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, lora_shapes, plan_lora
 from ftjax.methods.parts import Method, Part, PyTree, Row, master
+from ftjax.methods.vera import plan_vera
 from ftjax.methods.virtual import plan_prefix, plan_prompt
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import Path, Site, abstract_params, find_sites, params_axes
@@ -65,6 +66,7 @@ METHODS: dict[str, Callable[[Decoder, Mapping[Path, Site], Any], Method]] = {
     "freeze": plan_freeze,
     "bottleneck": plan_bottleneck,
     "ia3": plan_ia3,
+    "vera": plan_vera,
     "prompt": plan_prompt,
     "prefix": plan_prefix,
 }

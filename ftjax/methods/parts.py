@@ -53,7 +53,8 @@ class Method:
         {'params': ...}, and 'quant' where some of it is quantized.
       rest: base -> what of it stays frozen; no array is in both.
       rows: of the table of what is trained, without the sum.
-      lora: ranks and scales, where a low-rank update is all that is trained.
+      lora: ranks and scales of a low-rank update.
+      beside: frozen collections that are no part of the base; `rest` makes them.
       whole: every weight of the base is trained, so that a checkpoint needs no base.
       frozen_is_base: what is frozen is, alone, the base: the reference of a preference.
     """
@@ -65,6 +66,7 @@ class Method:
     rows: list[Row] = field(default_factory=list)
     lora: LoraPlan | None = None
     whole: bool = False
+    beside: dict[str, Part] = field(default_factory=dict)
     frozen_is_base: bool = True
 
     def start(self, base: PyTree, seed: int) -> tuple[PyTree, PyTree]:

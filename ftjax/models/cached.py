@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ftjax.models import layers
 from ftjax.models.decoder import Block, Decoder
 from ftjax.models.spec import ModelSpec
+from ftjax.models.vera import PAIR, Vera, whole
 from ftjax.weights import Array, Delta, is_stack
 
 Weights = dict[str, Any]  # 'layers': a list of variables; 'rest': those of the others
@@ -35,19 +36,26 @@ def split_layers(
     """
     updates = jax.tree.leaves(variables.get("lora"), is_leaf=is_stack)
     apart = apart or "quant" in variables or any(map(is_stack, updates))
-    merged = "lora" in variables and not apart
-    deltas = variables["lora"] if merged else {}
+    merged = () if apart else ("lora", "vera")
+    deltas = {} if apart else _updates(variables)
     change = partial(_take, jnp.dtype(dtype).name, release)
     params = _walk(variables["params"], deltas, change)
     stack = {"params": params.pop("layers")}
     rest = {"params": params}
     for name, tree in variables.items():
-        if name == "params" or (name == "lora" and merged):
+        if name == "params" or name in merged:
             continue
         stack[name], rest[name] = _split(tree)
     count = len(jax.tree.leaves(stack["params"], is_leaf=_is_list)[0])
     layers = [_layer(stack, i) for i in range(count)]
     return {"layers": layers, "rest": rest}
+
+
+def _updates(variables: Any) -> Any:
+    """What can be added to the weights, at their paths."""
+    if "vera" in variables:
+        return whole(variables["vera"])
+    return variables.get("lora", {})
 
 
 def with_lora(weights: Weights, lora: Any) -> Weights:
@@ -95,7 +103,7 @@ def _take(dtype: str, release: bool, stacked: bool, w: Array, delta: Any) -> Any
 
 
 @partial(jax.jit, static_argnames=("dtype", "stacked"))
-def _changed(w: Array, delta: Delta | None, dtype: str, stacked: bool) -> Any:
+def _changed(w: Array, delta: Delta | Vera | None, dtype: str, stacked: bool) -> Any:
     if delta is not None:
         w = w.astype(jnp.float32) + delta.dense()
     w = w.astype(dtype)
@@ -208,6 +216,8 @@ def _run(
 ) -> tuple[Array, Cache]:
     """x [B, T, D] through all the blocks, and the cache with its keys and values."""
     block, written = Block(spec, None), []
+    pair = weights["rest"].get("vera", {}).get(PAIR)
+    shared = shared if pair is None else {**shared, PAIR: pair}
     for i, (tree, old) in enumerate(zip(weights["layers"], cache, strict=True)):
         layer: dict[str, Any] = {"cache": old}
         if spec.windows and spec.windows[i]:

@@ -16,11 +16,13 @@ from ftjax.gradients import KEPT
 from ftjax.models import layers
 from ftjax.models.proj import Proj
 from ftjax.models.spec import ModelSpec
+from ftjax.models.vera import PAIR, Pair
 from ftjax.quant.qtensor import QTensor
 from ftjax.sharding import constrain_batch
 from ftjax.weights import Array, Hidden
 
-LAYERED = ("params", "quant", "lora", "ia3", "adapters")  # collections with layers
+# Collections with layers.
+LAYERED = ("params", "quant", "lora", "vera", "ia3", "adapters")
 ADAPTERS = ("attn_adapter", "mlp_adapter")
 REMAT = {
     "none": None,
@@ -67,10 +69,10 @@ class SelfAttention(nn.Module):
         q_shape = (s.d_model, s.n_heads, s.head_dim)
         kv_shape = (s.d_model, s.n_kv_heads, s.head_dim)
         q_axes, kv_axes = (("embed", n, "head") for n in ("heads", "kv_heads"))
-        eqn = "BTD,DNH->BTNH"
-        q = Proj(eqn, q_shape, q_axes, s.qkv_bias, name="q_proj")(x_BTD)
-        k = Proj(eqn, kv_shape, kv_axes, s.qkv_bias, name="k_proj")(x_BTD)
-        v = Proj(eqn, kv_shape, kv_axes, s.qkv_bias, name="v_proj")(x_BTD)
+        eqn, pair = "BTD,DNH->BTNH", shared.get(PAIR)
+        q = Proj(eqn, q_shape, q_axes, s.qkv_bias, name="q_proj")(x_BTD, pair)
+        k = Proj(eqn, kv_shape, kv_axes, s.qkv_bias, name="k_proj")(x_BTD, pair)
+        v = Proj(eqn, kv_shape, kv_axes, s.qkv_bias, name="v_proj")(x_BTD, pair)
         if s.qk_norm:
             q = RMSNorm(s.norm_eps, None, name="q_norm")(q)
             k = RMSNorm(s.norm_eps, None, name="k_norm")(k)
@@ -91,7 +93,7 @@ class SelfAttention(nn.Module):
             y = layers.cached_attention(q, cache["k"], cache["v"], mask)
         o_shape, o_axes = (q_shape[1], q_shape[2], s.d_model), (*q_axes[1:], "embed")
         out = Proj("BTNH,NHD->BTD", o_shape, o_axes, s.o_bias, name="o_proj")
-        return out(y), cache
+        return out(y, pair), cache
 
 
 class Mlp(nn.Module):
@@ -100,15 +102,15 @@ class Mlp(nn.Module):
     spec: ModelSpec
 
     @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: Array, pair: Pair | None) -> Array:
         s = self.spec
         shape, axes, eqn = (s.d_model, s.d_ff), ("embed", "mlp"), "BTD,DF->BTF"
-        gate = Proj(eqn, shape, axes, s.mlp_bias, name="gate_proj")(x_BTD)
-        up = Proj(eqn, shape, axes, s.mlp_bias, name="up_proj")(x_BTD)
+        gate = Proj(eqn, shape, axes, s.mlp_bias, name="gate_proj")(x_BTD, pair)
+        up = Proj(eqn, shape, axes, s.mlp_bias, name="up_proj")(x_BTD, pair)
         down = Proj(
             "BTF,FD->BTD", shape[::-1], axes[::-1], s.mlp_bias, name="down_proj"
         )
-        return down(layers.swiglu(gate, up))
+        return down(layers.swiglu(gate, up), pair)
 
 
 class Adapter(nn.Module):
@@ -134,7 +136,8 @@ class Block(nn.Module):
         y = Adapter(name=ADAPTERS[0])(y)
         x = constrain_batch(x_BTD + y, self.mesh)
         normed = RMSNorm(eps, name="post_attention_layernorm")(x)
-        y = Adapter(name=ADAPTERS[1])(Mlp(self.spec, name="mlp")(normed))
+        y = Mlp(self.spec, name="mlp")(normed, shared.get(PAIR))
+        y = Adapter(name=ADAPTERS[1])(y)
         return constrain_batch(x + y, self.mesh), cache
 
 
@@ -191,6 +194,9 @@ class Decoder(nn.Module):
         else:
             n = 0 if prompt_nD is None else len(prompt_nD)
             shared = self._shared(positions_BT, segments_BT, n, rotated=True)
+        pair: Pair | None = self.get_variable("vera", PAIR)
+        if pair is not None:
+            shared[PAIR] = pair
         x = self.embed_tokens(tokens_BT)
         if prompt_nD is not None:
             before = jnp.broadcast_to(prompt_nD[None], (len(x), *prompt_nD.shape))
@@ -200,7 +206,7 @@ class Decoder(nn.Module):
 
     def _shared(
         self, positions_BT: Array, segments_BT: Array, n: int, *, rotated: bool
-    ) -> dict[str, Array]:
+    ) -> dict[str, Any]:
         """What all layers share, of rows behind n virtual tokens.
 
         Those that are not `rotated` are a prefix: no window is too short for them.
@@ -260,7 +266,7 @@ def hidden_and_head(
 
     Args:
       variables: the policy: 'params', 'quant' where some of them are quantized, and
-        'lora', 'ia3', 'adapters', 'prompt' or 'prefix'; the base without these.
+        'lora', 'vera', 'ia3', 'adapters', 'prompt' or 'prefix'; the base without these.
       batch: `tokens`, `positions` and `segments`, int32 [B, T].
       key: draws the dropout; None in evaluation.
     """

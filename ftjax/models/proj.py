@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.gradients import Weight, keep, project
+from ftjax.models.vera import Pair, Vera, with_pair
 from ftjax.weights import Array, Delta, Stack
 
 Path = tuple[str, ...]
@@ -28,7 +29,8 @@ class Proj(nn.Module):
     """`einsum(eqn, x, w)`, plus the low-rank update if there is one, plus a bias.
 
     Reads `quant/.../w` where that collection has a `QTensor`, else `params/.../w`, and
-    adds `lora/.../w` where that collection has a `Delta`, or a `Stack` of them.
+    adds `lora/.../w` where that collection has a `Delta`, or a `Stack` of them, or
+    `vera/.../w`, with the pair that it is called with.
     Multiplies its inputs or its outputs by `ia3/.../inputs` or `ia3/.../outputs`,
     where there is such a vector.
 
@@ -58,9 +60,9 @@ class Proj(nn.Module):
             zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[inputs:])
             self.b = self.param("b", zeros, self.shape[inputs:])
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, pair: Pair | None = None) -> Array:
         x = self._scaled(x, INPUTS)
-        delta: Delta | Stack | None = self.get_variable("lora", "w")
+        delta = self._update(pair)
         drops = delta is not None and delta.dropout > 0 and self.has_rng("dropout")
         tokens = x.size // math.prod(self.shape[: site_inputs(self.eqn)])
         many = x.dtype == jnp.float32 and tokens >= FOLD
@@ -75,6 +77,13 @@ class Proj(nn.Module):
             b = self.b.astype(x.dtype)
             y = y + jnp.expand_dims(b, tuple(range(y.ndim - b.ndim)))
         return self._scaled(keep(y), OUTPUTS)
+
+    def _update(self, pair: Pair | None) -> Delta | Stack | None:
+        """The low-rank update of the weight."""
+        vera: Vera | None = self.get_variable("vera", "w")
+        if vera is not None and pair is not None:
+            return with_pair(vera, pair).delta()
+        return self.get_variable("lora", "w")
 
     def _scaled(self, x: Array, side: str) -> Array:
         """x times the vector of a side, in float32: bfloat16 rounds 1.001 to 1."""

@@ -79,7 +79,6 @@ def test_an_adapter_at_its_start_is_zero() -> None:
     [
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),

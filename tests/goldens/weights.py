@@ -33,10 +33,18 @@ def write_random(path: Path, shapes: dict[str, list[int]]) -> None:
 
 
 def write_adapter(folder: Path, case: dict[str, Any]) -> Path:
-    """A PEFT adapter: its `config`, and a random tensor for each of its `tensors`."""
+    """A PEFT adapter: its `config`, and a random tensor for each of its `tensors`.
+
+    `same`, if there is one, says of a tensor whose values it has.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(case["config"]))
-    write_random(folder / "adapter_model.safetensors", case["tensors"])
+    same = case.get("same", {})
+    tensors = {
+        name: random_tensor(same.get(name, name), tuple(shape))
+        for name, shape in case["tensors"].items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
 
 

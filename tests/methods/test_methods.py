@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "houlsby": {"name": "bottleneck", "size": 8},
     "ia3": {"name": "ia3"},
     "ia3-norms": {"name": "ia3", "targets": ".*_proj", "also_train": ".*norm"},
+    "vera": {"name": "vera", "rank": 8, "targets": "q_proj,o_proj,down_proj"},
     "prompt": {"name": "prompt", "tokens": 3},
     "prefix": {"name": "prefix", "tokens": 3, "std": 1.0},
     "pfeiffer": {"name": "bottleneck", "kind": "pfeiffer", "activation": "relu"},
@@ -110,7 +111,7 @@ def test_it_learns_and_generates_what_it_learned(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["freeze-last", "houlsby", "lora-norms", "ia3", "prompt", "prefix"]
+    "kind", ["freeze-last", "houlsby", "lora-norms", "ia3", "vera", "prompt", "prefix"]
 )
 def test_four_devices_give_the_numbers_of_one(kind: str) -> None:
     _, one, _ = trained_for(kind)
