@@ -115,6 +115,7 @@ def method_config(name: str) -> ConfigDict:
         method.rank_pattern = ""  # regex=rank,...: the first that matches wins
         method.alpha_pattern = ""
         method.use_rslora = False  # scale alpha / sqrt(rank)
+        method.use_dora = False  # each output's length is trained apart (DoRA)
         method.init = "kaiming"  # kaiming, gaussian; loftq: of a quantized base
     if name == "vera":
         method.rank = 256

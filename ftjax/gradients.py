@@ -128,6 +128,13 @@ def _updated(w: Weight, a: Array, b: Array, scale: Array) -> Array:
     return dense(w, a.dtype) + scale * update
 
 
+def updated_norms(w: Weight, a: Array, b: Array, scale: Array) -> Array:
+    """The norm over the inputs of w + scale * a.b, float32 [*outputs]; of one layer."""
+    args = jax.lax.stop_gradient((w, a, b, scale))
+    whole_IO = _matrix(_updated(*args), b.ndim - 1)
+    return jnp.sqrt(jnp.sum(whole_IO * whole_IO, axis=0)).reshape(b.shape[1:])
+
+
 def _to_inputs(eqn: str) -> str:
     x, w, y = eqn.replace("->", ",").split(",")
     return f"{y},{w}->{x}"

@@ -19,6 +19,7 @@ from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
 from ftjax.errors import UserError
 from ftjax.loading import Base, load_base, open_base
+from ftjax.methods.dora import with_magnitudes
 from ftjax.methods.heads import with_head
 from ftjax.methods.loftq import fit_errors, require_codes
 from ftjax.methods.lora import plan_lora
@@ -39,6 +40,7 @@ from ftjax.models.proj import (
 from ftjax.objectives.tasks import task_of
 from ftjax.optimizers.muon import Matrices
 from ftjax.sharding import make_mesh, shard_tree
+from ftjax.weights import join
 
 PyTree = Any
 
@@ -224,7 +226,7 @@ def load_variables(
     }
     trained = jax.device_put(trained, places)
     if begins_as_error(config):
-        trained = fit_trained(trained, frozen["quant"], config, base, shape, mesh)
+        trained = fit_trained(trained, frozen, config, base, shape, mesh)
     return trained, frozen
 
 
@@ -234,7 +236,7 @@ def begins_as_error(config: Any) -> bool:
 
 
 def fit_trained(
-    trained: PyTree, quant: PyTree, config: Any, base: Base, shape: Shape, mesh: Mesh
+    trained: PyTree, frozen: PyTree, config: Any, base: Base, shape: Shape, mesh: Mesh
 ) -> PyTree:
     """The trained part with LoftQ's start; reads the base's weights once more."""
     plan = plan_lora(find_sites(shape.model), config.method)
@@ -245,7 +247,8 @@ def fit_trained(
     def read(path: Path, layer: int) -> np.ndarray:
         return read_matrix(weights, named[*path, "w"], layer, lambda _: None)
 
-    lora = fit_errors(trained["lora"], plan, quant, read)
+    lora = fit_errors(trained["lora"], plan, frozen["quant"], read)
+    lora = with_magnitudes(lora, plan, join(frozen, trained))
     part = shape.method.parts["lora"]
     place = shard_tree(part.shapes, part.axes, mesh)
     return {**trained, "lora": jax.device_put(lora, place)}

@@ -8,40 +8,48 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ftjax.gradients import Weight, project, project_updated
+from ftjax.gradients import Weight, project, project_updated, updated_norms
 
 Array = jax.Array
 
 
 @flax.struct.dataclass
 class Delta:
-    """A low-rank update `scale * a.b` of a weight (LoRA, arXiv 2106.09685).
+    """A low-rank update of a weight: w + scale * a.b (LoRA, arXiv 2106.09685).
+
+    With a magnitude it is m / n * (w + scale * a.b), where n is the norm over the
+    inputs of what it is multiplied with, a constant to the gradient (DoRA, arXiv
+    2402.09353, section 4.3): a.b turns each output's vector, m is its length.
 
     Shapes are those of one layer; a stack of layers adds a leading axis to each leaf.
     A layer of smaller rank is padded with zeros, which stay zero: the gradient of a
     zero column of `a` is a multiple of the zero row of `b`, and the other way round.
+    A layer without an update has scale 0, and no use for its magnitude.
     """
 
     a: Array  # [*inputs, rank]
     b: Array  # [rank, *outputs]
     scale: Array  # [], alpha / rank; a leaf so that runs may vary it; never trained
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    m: Array | None = None  # [*outputs]
+    n: Array | None = None  # float32 [*outputs], where it is known beforehand
 
-    def __call__(self, eqn: str, x: Array, key: Array | None = None) -> Array:
-        """`scale * einsum(eqn, dropout(x), a.b)`, by way of the rank, in x's dtype.
+    def __call__(self, eqn: str, x: Array) -> Array:
+        """`scale * einsum(eqn, x, a.b)`, by way of the rank, in x's dtype.
 
         Args:
           eqn: the projection's equation, such as 'BTD,DNH->BTNH'.
           x: [..., *inputs].
-          key: draws the dropout mask; None (evaluation) drops nothing.
         """
         down, up = low_rank(eqn)
-        if key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), 0)
         scale = jax.lax.stop_gradient(self.scale).astype(x.dtype)
         h = jnp.einsum(down, x, self.a.astype(x.dtype)) * scale
         return jnp.einsum(up, h, self.b.astype(x.dtype))
+
+    def drop(self, x: Array, key: Array) -> Array:
+        """x with a share `dropout` of its numbers zero, and the others larger."""
+        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+        return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), 0)
 
     def folded(self, eqn: str, x: Array, w: Weight) -> Array:
         """`einsum(eqn, x, w + scale * a.b)`, which is quicker than adding two products.
@@ -51,8 +59,35 @@ class Delta:
         """
         return project_updated(eqn, x, w, self.a, self.b, self.scale)
 
+    def gain(self, w: Weight) -> Array | None:
+        """m / n of one layer, float32 [*outputs]; None without a magnitude."""
+        if self.m is None:
+            return None
+        return self._gain(self.norms(w) if self.n is None else self.n)
+
+    def norms(self, w: Weight) -> Array:
+        """n of one layer: the norm over the inputs of w + scale * a.b."""
+        return updated_norms(w, self.a, self.b, self.scale)
+
+    def _gain(self, n: Array) -> Array | None:
+        """m / n, and 1 where a layer has no update."""
+        if self.m is None:
+            return None
+        n, scale = jax.lax.stop_gradient((n, self.scale))
+        scale = jnp.expand_dims(scale, tuple(range(scale.ndim, n.ndim)))
+        ratio = self.m.astype(jnp.float32) / jnp.where(n > 0, n, 1)
+        return jnp.where(scale == 0, jnp.ones((), jnp.float32), ratio)
+
+    def applied(self, w: Array) -> Array:
+        """The weight with its update, float32: [*stack, *inputs, *outputs]."""
+        whole = w.astype(jnp.float32) + self.dense()
+        stack, inputs = self.scale.ndim, self.a.ndim - 1
+        axes = tuple(range(stack, inputs))
+        gain = self._gain(jnp.sqrt(jnp.sum(whole * whole, axes)))
+        return whole if gain is None else whole * jnp.expand_dims(gain, axes)
+
     def dense(self) -> Array:
-        """The update as a full weight, `scale * a.b`: [*stack, *inputs, *outputs]."""
+        """The low-rank part as a full weight: [*stack, *inputs, *outputs]."""
         stack = self.scale.shape
         a = self.a.reshape(*stack, -1, self.a.shape[-1])
         b = self.b.reshape(*stack, self.b.shape[len(stack)], -1)
@@ -119,13 +154,15 @@ class Stack:
     def dropout(self) -> float:
         return 0.0
 
-    def __call__(self, eqn: str, x: Array, key: Array | None = None) -> Array:
+    def gain(self, w: Weight) -> None:
+        """There is no magnitude: see `several`."""
+
+    def __call__(self, eqn: str, x: Array) -> Array:
         """Row i: `einsum(eqn, x, (a * factors[index[i]]).b)`, in x's dtype.
 
         Args:
           eqn: the projection's equation; rows are the first axis of x.
           x: [B, ..., *inputs].
-          key: of no use, there is no dropout.
         """
         if self.index is None:
             raise ValueError("rows have not chosen: see `choose`")

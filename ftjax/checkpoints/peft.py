@@ -1,7 +1,8 @@
 """LoRA adapters in PEFT's files: `adapter_config.json`, `adapter_model.safetensors`.
 
 A layer's `a` [*inputs, r] is PEFT's `lora_A.weight` [r, in], transposed, and its `b`
-[r, *outputs] is `lora_B.weight` [out, r]. PEFT ignores names that it does not expect
+[r, *outputs] is `lora_B.weight` [out, r]; DoRA's `m` [*outputs] is
+`lora_magnitude_vector` [out]. PEFT ignores names that it does not expect
 and then runs with B = 0; here every key is accounted for, on the way out and in.
 """
 
@@ -22,11 +23,9 @@ import numpy as np
 from ftjax.checkpoints.jsonfile import inside
 from ftjax.checkpoints.peft_config import (
     CONFIG,
+    check_targets,
     lookup,
     read_config,
-    refuse,
-    saves,
-    targeted,
 )
 from ftjax.checkpoints.tensors import (
     FLOATS,
@@ -44,7 +43,10 @@ TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HASH_KEY = "ftjax_base_hash"
 _PICKLE = "adapter_model.bin"
-_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+MAGNITUDE = "magnitude_vector"
+_KEY = re.compile(
+    re.escape(PREFIX) + rf"(.+)\.lora_(?:([AB])\.weight|({MAGNITUDE})(?:\.weight)?)"
+)
 
 
 # What every adapter of ours says beside its plan.
@@ -60,7 +62,6 @@ FIXED: dict[str, Any] = {
     "peft_type": "LORA",
     "revision": None,
     "task_type": "CAUSAL_LM",
-    "use_dora": False,
 }
 
 
@@ -113,13 +114,16 @@ def save_adapter(
         for layer, name in enumerate(site_names(at.site)):
             rank = at.ranks[layer]
             if rank:
-                key = f"{PREFIX}{name}.lora_"
-                for letter, x in (
-                    ("A", a[layer, :, :rank].T),
-                    ("B", b[layer, :rank].T),
-                ):
-                    name = f"{key}{letter}.weight"
-                    entries.append(Entry(name, x.shape, partial(np.asarray, x)))
+                found = {
+                    "A.weight": a[layer, :, :rank].T,
+                    "B.weight": b[layer, :rank].T,
+                }
+                if delta.m is not None:
+                    m = np.asarray(delta.m, np.float32).reshape(len(at.ranks), -1)
+                    found[MAGNITUDE] = m[layer]
+                for end, x in found.items():
+                    key = f"{PREFIX}{name}.lora_{end}"
+                    entries.append(Entry(key, x.shape, partial(np.asarray, x)))
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"} | ({HASH_KEY: base_hash} if base_hash else {})
     write_tensors(folder / TENSORS, entries, np.dtype(np.float32), metadata)
@@ -167,6 +171,7 @@ def adapter_config(plan: LoraPlan, base_name: str) -> dict[str, Any]:
         "r": rank,
         "rank_pattern": patterns[0],
         "target_modules": sorted(targets),
+        "use_dora": any(at.dora for at in plan.sites.values()),
         "use_rslora": any(at.rslora for at in plan.sites.values()),
     }
 
@@ -202,7 +207,7 @@ def load_adapter(
         if path[0] == "layers"
         for name in site_names(site)
     }
-    pairs = _pair(tensors, layers, folder)
+    pairs = _pair(tensors, layers, folder, bool(config["use_dora"]))
     check_targets(config, pairs, layers, where)
     ranks = {
         name: lookup(config["rank_pattern"], name, config["r"], where) for name in pairs
@@ -213,7 +218,8 @@ def load_adapter(
     }
     for name, pair in pairs.items():
         _check_shapes(name, pair, layers[name], ranks[name])
-    rslora, dropout = bool(config["use_rslora"]), float(config["lora_dropout"])
+    kinds = bool(config["use_rslora"]), bool(config["use_dora"])
+    dropout = float(config["lora_dropout"])
     plans: dict[Path, SitePlan] = {}
     tree: dict[str, Any] = {}
     for path, site in sites.items():
@@ -224,7 +230,7 @@ def load_adapter(
             site,
             tuple(int(ranks.get(name, 0)) for name in names),
             tuple(float(alphas.get(name, 1.0)) for name in names),
-            rslora,
+            *kinds,
         )
         plans[path] = at
         put(tree, path, {"w": _stack(at, [pairs.get(name) for name in names], dropout)})
@@ -237,9 +243,12 @@ def load_adapter(
 
 
 def is_zero(lora: Any) -> bool:
-    """Whether every `b` is zero, so that the adapter changes nothing."""
+    """Whether every `b` is zero, so that the adapter changes nothing.
+
+    With magnitudes only the base could tell.
+    """
     deltas = jax.tree.leaves(lora, is_leaf=lambda leaf: isinstance(leaf, Delta))
-    return not any(bool(jnp.any(delta.b != 0)) for delta in deltas)
+    return not any(d.m is not None or bool(jnp.any(d.b != 0)) for d in deltas)
 
 
 def read_tensors(folder: FilePath) -> dict[str, Tensor]:
@@ -258,14 +267,19 @@ def read_tensors(folder: FilePath) -> dict[str, Tensor]:
 
 
 def _pair(
-    tensors: Mapping[str, Tensor], layers: Mapping[str, Site], folder: FilePath
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, Site],
+    folder: FilePath,
+    dora: bool,
 ) -> dict[str, dict[str, Tensor]]:
-    """{module name: {'A': ..., 'B': ...}}; every tensor must have its place."""
+    """{module name: {'A': ..., 'B': ..., maybe MAGNITUDE: ...}}, nothing left over."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         name = match[1] if match else ""
-        if not match or name not in layers or tensor.dtype not in FLOATS:
+        part = (match[2] or match[3]) if match else ""
+        stray = not match or name not in layers or (part == MAGNITUDE and not dora)
+        if stray or tensor.dtype not in FLOATS:
             raise UserError(
                 "the adapter has a tensor that this model has no place for",
                 where=f"{folder / TENSORS}: {key}",
@@ -274,23 +288,33 @@ def _pair(
                 got=_what_is(key, name, layers, tensor),
                 fix="pass the model that the adapter was trained on",
             )
-        pairs.setdefault(name, {})[match[2]] = tensor
+        pairs.setdefault(name, {})[part] = tensor
     for name, pair in pairs.items():
-        for half in "AB":
-            if half not in pair:
+        for part in _parts(dora):
+            if part not in pair:
                 raise UserError(
-                    "half of an update is missing",
-                    where=f"{folder / TENSORS}: {PREFIX}{name}.lora_{half}.weight",
-                    expected="lora_A and lora_B of every module",
+                    "a part of an update is missing",
+                    where=f"{folder / TENSORS}: {_name(name, part)}",
+                    expected=" and ".join(f"lora_{p}" for p in _parts(dora))
+                    + " of every module",
                 )
     if not pairs:
         raise UserError("the adapter is empty", where=folder / TENSORS)
     return pairs
 
 
+def _parts(dora: bool) -> tuple[str, ...]:
+    return ("A", "B", MAGNITUDE) if dora else ("A", "B")
+
+
+def _name(module: str, part: str) -> str:
+    """The key of a part of an update."""
+    return f"{PREFIX}{module}.lora_{part}" + ("" if part == MAGNITUDE else ".weight")
+
+
 def _what_is(key: str, name: str, layers: Mapping[str, Site], tensor: Tensor) -> str:
     if "magnitude" in key:
-        return "a DoRA magnitude, which is not supported"
+        return "a DoRA magnitude, where the configuration says use_dora=false"
     if "lora_embedding" in key or "embed_tokens" in key or "lm_head" in key:
         return "an update of the embedding or the head, which is not supported"
     if name in layers:
@@ -300,54 +324,19 @@ def _what_is(key: str, name: str, layers: Mapping[str, Site], tensor: Tensor) ->
     return f"a module that is not in the model: {name or key}"
 
 
-def check_targets(
-    config: Mapping[str, Any],
-    pairs: Mapping[str, Any],
-    layers: Mapping[str, Site],
-    where: FilePath,
-) -> None:
-    """What the configuration targets must be what the tensors are for, as in PEFT."""
-    targets = config.get("target_modules")
-    if targets is None:
-        raise refuse(where, "target_modules", None, "a list of module names")
-    for target in [] if isinstance(targets, str) else targets:
-        if not any(targeted([target], name, where) for name in layers):
-            raise refuse(where, "target_modules", target, "projections in the layers")
-    kept = config.get("layers_to_transform")
-    kept = [kept] if isinstance(kept, int) else kept
-    wanted = {
-        name
-        for name in layers
-        if targeted(targets, name, where)
-        and not targeted(config.get("exclude_modules") or [], name, where)
-        and not saves(config, name)
-        and (not kept or int(name.split(".")[2]) in kept)
-    }
-    lost, extra = wanted - pairs.keys(), pairs.keys() - wanted
-    if lost or extra:
-        names = sorted(lost or extra)
-        raise UserError(
-            "the adapter's tensors are not those that its configuration targets",
-            where=f"{where}: target_modules",
-            expected=f"an update of {len(wanted)} modules: {targets!r}"[:300],
-            got=f"{'no' if lost else 'an unexpected'} update of {names[0]}"
-            + (f" and {len(names) - 1} more" if names[1:] else ""),
-            fix="save the adapter again, or pass the model that it was trained on",
-        )
-
-
 def _check_shapes(name: str, pair: dict[str, Tensor], site: Site, rank: int) -> None:
     shapes = {
         "A": (rank, math.prod(site.inputs)),
         "B": (math.prod(site.outputs), rank),
+        MAGNITUDE: (math.prod(site.outputs),),
     }
-    for half, shape in shapes.items():
-        if pair[half].shape != shape:
+    for part, tensor in pair.items():
+        if tensor.shape != shapes[part]:
             raise UserError(
                 "a tensor of the adapter has the wrong shape",
-                where=f"{pair[half].file}: {PREFIX}{name}.lora_{half}.weight",
-                expected=f"{list(shape)} (rank {rank})",
-                got=str(list(pair[half].shape)),
+                where=f"{tensor.file}: {_name(name, part)}",
+                expected=f"{list(shapes[part])} (rank {rank})",
+                got=str(list(tensor.shape)),
                 fix="pass the model that the adapter was trained on, with its own "
                 f"{CONFIG}",
             )
@@ -357,13 +346,21 @@ def _stack(at: SitePlan, pairs: list[dict[str, Tensor] | None], p: float) -> Del
     site, rank = at.site, at.rank
     a = np.zeros((len(pairs), math.prod(site.inputs), rank), np.float32)
     b = np.zeros((len(pairs), rank, math.prod(site.outputs)), np.float32)
+    m = np.zeros((len(pairs), *site.outputs), np.float32)
     for layer, pair in enumerate(pairs):
         if pair is not None:
             r = at.ranks[layer]
             a[layer, :, :r] = finite(pair["A"]).T
             b[layer, :r] = finite(pair["B"]).T
-    a, b = a.reshape(-1, *site.inputs, rank), b.reshape(-1, rank, *site.outputs)
-    return Delta(a, b, np.asarray(at.scales, np.float32), p)  # type: ignore[arg-type]
+            if at.dora:
+                m[layer] = finite(pair[MAGNITUDE]).reshape(site.outputs)
+    leaves: dict[str, Any] = {
+        "a": a.reshape(-1, *site.inputs, rank),
+        "b": b.reshape(-1, rank, *site.outputs),
+        "scale": np.asarray(at.scales, np.float32),
+        "m": m if at.dora else None,
+    }
+    return Delta(**leaves, dropout=p)
 
 
 def finite(tensor: Tensor) -> np.ndarray:

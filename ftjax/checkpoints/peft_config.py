@@ -1,7 +1,7 @@
 """Reads PEFT's `adapter_config.json`: computed as it says, or refused by name."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "target_parameters": ([],),
     "trainable_token_indices": ([], {}),
     "use_bdlora": (False,),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (),
 }
@@ -64,6 +63,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         "lora_alpha": 8,
         "lora_dropout": 0.0,
         "use_rslora": False,
+        "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
@@ -106,6 +106,42 @@ def saves(config: Mapping[str, Any], name: str) -> bool:
     inside_of = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
     modules = config.get("modules_to_save") or []
     return any(at == m or at.endswith(f".{m}") for at in inside_of for m in modules)
+
+
+def check_targets(
+    config: Mapping[str, Any],
+    pairs: Mapping[str, Any],
+    layers: Collection[str],
+    where: Path,
+) -> None:
+    """What the configuration targets must be what the tensors are for, as in PEFT."""
+    targets = config.get("target_modules")
+    if targets is None:
+        raise refuse(where, "target_modules", None, "a list of module names")
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(targeted([target], name, where) for name in layers):
+            raise refuse(where, "target_modules", target, "projections in the layers")
+    kept = config.get("layers_to_transform")
+    kept = [kept] if isinstance(kept, int) else kept
+    wanted = {
+        name
+        for name in layers
+        if targeted(targets, name, where)
+        and not targeted(config.get("exclude_modules") or [], name, where)
+        and not saves(config, name)
+        and (not kept or int(name.split(".")[2]) in kept)
+    }
+    lost, extra = wanted - pairs.keys(), pairs.keys() - wanted
+    if lost or extra:
+        names = sorted(lost or extra)
+        raise UserError(
+            "the adapter's tensors are not those that its configuration targets",
+            where=f"{where}: target_modules",
+            expected=f"an update of {len(wanted)} modules: {targets!r}"[:300],
+            got=f"{'no' if lost else 'an unexpected'} update of {names[0]}"
+            + (f" and {len(names) - 1} more" if names[1:] else ""),
+            fix="save the adapter again, or pass the model that it was trained on",
+        )
 
 
 def lookup(pattern: Mapping[str, Any], name: str, usual: Any, where: Path) -> Any:

@@ -72,7 +72,7 @@ def vera_in(
         raise refuse(where, "vera_dropout", dropout, "at least 0, below 1")
     if A not in tensors or B not in tensors:
         raise UserError(
-            "the adapter has left out its random matrices, which only torch draws again",
+            "the adapter leaves out its random matrices, which only torch draws again",
             where=where.parent / peft.TENSORS,
             expected=f"{A} and {B}",
             got=f"save_projection={config.get('save_projection')!r}",

@@ -18,7 +18,7 @@ import numpy as np
 from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan, SitePlan
 from ftjax.methods.quant import Plan
-from ftjax.models.proj import Path, put
+from ftjax.models.proj import Path, find, put
 from ftjax.quant.qtensor import QTensor
 from ftjax.weights import Delta
 
@@ -63,7 +63,7 @@ def fit_errors(lora: Any, plan: LoraPlan, quant: Any, read: Read) -> Any:
     """
     tree: dict[str, Any] = {}
     for path, at in plan.sites.items():
-        delta, codes = _get(lora, path)["w"], _find(quant, path)
+        delta, codes = find(lora, path), find(quant, path)
         if codes is not None:
             delta = _fit(delta, at, codes, partial(read, path))
         put(tree, path, {"w": delta})
@@ -97,17 +97,3 @@ def nearest(w_IO: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.n
     u_IK, s_K, v_KO = np.linalg.svd(w_IO, full_matrices=False)
     root_r = np.sqrt(s_K[:rank] / scale)
     return u_IK[:, :rank] * root_r, root_r[:, None] * v_KO[:rank]
-
-
-def _get(tree: Any, path: Path) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-def _find(quant: Any, path: Path) -> QTensor | None:
-    for name in (*path, "w"):
-        if not isinstance(quant, dict) or name not in quant:
-            return None
-        quant = quant[name]
-    return quant

@@ -30,6 +30,7 @@ class SitePlan:
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     rslora: bool = False
+    dora: bool = False
 
     @property
     def rank(self) -> int:
@@ -45,9 +46,13 @@ class SitePlan:
 
     @property
     def count(self) -> int:
-        """Trained parameters: rank * (inputs + outputs), summed over the layers."""
-        fan = math.prod(self.site.inputs) + math.prod(self.site.outputs)
-        return sum(self.ranks) * fan
+        """Trained parameters: rank * (inputs + outputs), summed over the layers.
+
+        And as many as there are outputs in each of them that has a magnitude.
+        """
+        inputs, outputs = math.prod(self.site.inputs), math.prod(self.site.outputs)
+        lengths = outputs * sum(rank > 0 for rank in self.ranks) if self.dora else 0
+        return sum(self.ranks) * (inputs + outputs) + lengths
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def plan_lora(sites: Mapping[Path, Site], config: Any) -> LoraPlan:
       config: `targets` ('all-linear', or regexes separated by commas, each matched
         against whole module names or their dotted suffixes, as PEFT does), `rank`,
         `alpha`, `rank_pattern` and `alpha_pattern` ('regex=value,...', the first that
-        matches a name's end wins), `use_rslora`, `dropout`.
+        matches a name's end wins), `use_rslora`, `use_dora`, `dropout`.
 
     Raises:
       UserError: where a pattern matches nothing, is no regex or names the head, or a
@@ -82,6 +87,8 @@ def plan_lora(sites: Mapping[Path, Site], config: Any) -> LoraPlan:
     for values, key in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
         each_matches(list(values), everything, f"config.method.{key}")
     plans = {}
+    # A run that was saved before there was DoRA does not name it.
+    kinds = (config.use_rslora, getattr(config, "use_dora", False))
     for path, site in body.items():
         names = site_names(site)
         hit = [any(matches(p, name) for p in regexes) for name in names]
@@ -92,7 +99,7 @@ def plan_lora(sites: Mapping[Path, Site], config: Any) -> LoraPlan:
             ]
             alpha = [first(alphas, name, config.alpha) for name in names]
             _check_rank(site, max(rank))
-            plans[path] = SitePlan(site, tuple(rank), tuple(alpha), config.use_rslora)
+            plans[path] = SitePlan(site, tuple(rank), tuple(alpha), *kinds)
     return LoraPlan(plans, config.dropout)
 
 
@@ -126,7 +133,7 @@ def init_lora(plan: LoraPlan, seed: int, init: str = "kaiming") -> Any:
     `a` is U(-1/sqrt(inputs), 1/sqrt(inputs)) (PEFT's kaiming_uniform(sqrt 5)) or, for
     'gaussian', N(0, 1/rank^2); 'loftq' (see `loftq`) begins here too. Each layer and
     site draws from its own stream, so that a site's start does not depend on which
-    others are trained.
+    others are trained. Magnitudes are the base's: see `dora`.
     """
     tree: dict[str, Any] = {}
     for path, plan_at in plan.sites.items():
@@ -163,6 +170,8 @@ def lora_shapes(plan: LoraPlan) -> Any:
             "b": (*stack, at.rank, *at.site.outputs),
             "scale": stack,
         }
+        if at.dora:
+            shapes["m"] = (*stack, *at.site.outputs)
         leaves: dict[str, Any] = {
             name: jax.ShapeDtypeStruct(shape, jnp.float32)
             for name, shape in shapes.items()
@@ -180,16 +189,17 @@ def lora_axes(plan: LoraPlan) -> Any:
         stack = () if site.layers is None else (None,)
         a = (*stack, *site.axes[:cut], None)
         b = (*stack, None, *site.axes[cut:])
-        put(tree, path, {"w": Delta(a, b, stack, plan.dropout)})  # type: ignore
+        m = (*stack, *site.axes[cut:]) if plan_at.dora else None
+        put(tree, path, {"w": Delta(a, b, stack, plan.dropout, m)})  # type: ignore
     return tree
 
 
 def merge(params: Any, lora: Any) -> Any:
-    """`params` with every update added to its weight, in float32, cast back last."""
+    """`params` with every update in its weight, in float32, cast back last."""
 
     def add(tree: Any, update: Any) -> Any:
         if isinstance(update, Delta):
-            return (tree.astype(jnp.float32) + update.dense()).astype(tree.dtype)
+            return update.applied(tree).astype(tree.dtype)
         return {k: add(v, update[k]) if k in update else v for k, v in tree.items()}
 
     return add(params, lora)

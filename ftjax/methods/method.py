@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from ftjax.methods.bottleneck import plan_bottleneck
+from ftjax.methods.dora import with_magnitudes
 from ftjax.methods.freeze import plan_freeze, train_also
 from ftjax.methods.ia3 import plan_ia3
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, lora_shapes, plan_lora
@@ -54,7 +55,8 @@ def _lora(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
     plan = plan_lora(sites, config)
 
     def init(base: PyTree, seed: int) -> PyTree:
-        return {"lora": init_lora(plan, seed, config.init)}
+        lora = init_lora(plan, seed, config.init)
+        return {"lora": with_magnitudes(lora, plan, base)}
 
     part = Part(lora_shapes(plan), lora_axes(plan))
     return Method("lora", {"lora": part}, init, rows=_lora_rows(plan), lora=plan)

@@ -5,7 +5,6 @@ a1.b1 + a2.b2 is their product. PEFT calls it `add_weighted_adapter` with
 combination_type='cat'.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -171,20 +170,14 @@ def _shaped(
 
 
 def _delta(lora: Any, path: Path) -> Delta:
-    """The update of a site; what is more than a product has no columns to set apart."""
+    """The update of a site. With a magnitude it is no sum: PEFT refuses it too."""
     delta = _get(lora, path)
-    more = [
-        field.name
-        for field in dataclasses.fields(delta)
-        if field.name not in ("a", "b", "scale", "dropout")
-        and getattr(delta, field.name) is not None
-    ]
-    if more:
+    if delta.m is not None:
         raise UserError(
             "an adapter that is more than a low-rank product cannot be combined",
             where=".".join(path),
             expected="plain LoRA: a, b and a scale",
-            got=", ".join(more),
+            got="a magnitude beside them (DoRA)",
             fix="merge it into the base first (ftjax.export --to=merged)",
         )
     return delta

@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ftjax.errors import UserError
 from ftjax.methods.parts import Method, Part, PyTree, Row
@@ -21,7 +20,6 @@ from ftjax.methods.streams import stream
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import HEAD, Path, Site, put, site_names
 from ftjax.models.vera import PAIR, Pair, Vera
-from ftjax.sharding import replicated
 
 LARGEST = 2**16  # of the rank: what is drawn must fit into memory
 
@@ -35,7 +33,7 @@ class Target:
 
 
 def plan_vera(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
-    """Vectors beside the projections; `lambda_b` is zero, so that it begins as the base.
+    """Vectors beside the projections; `lambda_b` is zero: it begins as the base.
 
     Args:
       model: of any family.
@@ -146,7 +144,7 @@ def _beside(base: PyTree, pair: Pair) -> Pair:
     """The pair on the devices of the base."""
     place = jax.tree.leaves(base)[0].sharding
     if isinstance(place, NamedSharding):
-        return jax.device_put(pair, replicated(place.mesh))
+        return jax.device_put(pair, NamedSharding(place.mesh, PartitionSpec()))
     return pair
 
 

@@ -6,6 +6,7 @@ here the layers are taken apart once, before the loop, and unrolled. The blocks 
 of their maths are those of `decoder`.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,14 @@ import jax.numpy as jnp
 
 from ftjax.models import layers
 from ftjax.models.decoder import Block, Decoder
+from ftjax.models.proj import Path, find
 from ftjax.models.spec import ModelSpec
 from ftjax.models.vera import PAIR, Vera, whole
 from ftjax.weights import Array, Delta, is_stack
 
 Weights = dict[str, Any]  # 'layers': a list of variables; 'rest': those of the others
 Cache = list[dict[str, Array]]  # per layer 'k' and 'v': [B, K, S, H]
+_norms = jax.jit(Delta.norms)
 
 
 def split_layers(
@@ -48,7 +51,7 @@ def split_layers(
         stack[name], rest[name] = _split(tree)
     count = len(jax.tree.leaves(stack["params"], is_leaf=_is_list)[0])
     layers = [_layer(stack, i) for i in range(count)]
-    return {"layers": layers, "rest": rest}
+    return {"layers": list(map(_with_norms, layers)), "rest": rest}
 
 
 def _updates(variables: Any) -> Any:
@@ -69,7 +72,22 @@ def with_lora(weights: Weights, lora: Any) -> Weights:
         stack, rest["lora"] = _split(lora)
         for i, layer in enumerate(layers):
             layer["lora"] = _layer(stack, i)
-    return {"layers": layers, "rest": rest}
+    return {"layers": list(map(_with_norms, layers)), "rest": rest}
+
+
+def _with_norms(layer: Any) -> Any:
+    """A layer's variables with the norms of DoRA, which do not change any more."""
+
+    def known(update: Any, path: Path) -> Any:
+        if isinstance(update, dict):
+            return {name: known(one, (*path, name)) for name, one in update.items()}
+        if not isinstance(update, Delta) or update.m is None:
+            return update
+        codes = find(layer.get("quant"), path[:-1])
+        w = find(layer["params"], path[:-1]) if codes is None else codes
+        return replace(update, n=_norms(update, w))
+
+    return {**layer, "lora": known(layer["lora"], ())} if "lora" in layer else layer
 
 
 def _split(tree: Any) -> tuple[Any, Any]:
@@ -105,7 +123,7 @@ def _take(dtype: str, release: bool, stacked: bool, w: Array, delta: Any) -> Any
 @partial(jax.jit, static_argnames=("dtype", "stacked"))
 def _changed(w: Array, delta: Delta | Vera | None, dtype: str, stacked: bool) -> Any:
     if delta is not None:
-        w = w.astype(jnp.float32) + delta.dense()
+        w = delta.applied(w)
     w = w.astype(dtype)
     return _cut(w) if stacked else w
 

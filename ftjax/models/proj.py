@@ -61,22 +61,33 @@ class Proj(nn.Module):
             self.b = self.param("b", zeros, self.shape[inputs:])
 
     def __call__(self, x: Array, pair: Pair | None = None) -> Array:
-        x = self._scaled(x, INPUTS)
-        delta = self._update(pair)
-        drops = delta is not None and delta.dropout > 0 and self.has_rng("dropout")
-        tokens = x.size // math.prod(self.shape[: site_inputs(self.eqn)])
-        many = x.dtype == jnp.float32 and tokens >= FOLD
-        if delta is not None and many and not drops:
-            y = delta.folded(self.eqn, x, self.w)
-        else:
-            y = project(self.eqn, x, self.w)
-            if delta is not None:
-                key = self.make_rng("dropout") if drops else None
-                y = y + delta(self.eqn, x, key)
+        y = self._product(self._scaled(x, INPUTS), self._update(pair))
         if self.bias:
             b = self.b.astype(x.dtype)
             y = y + jnp.expand_dims(b, tuple(range(y.ndim - b.ndim)))
-        return self._scaled(keep(y), OUTPUTS)
+        return self._scaled(y, OUTPUTS)
+
+    def _product(self, x: Array, delta: Delta | Stack | None) -> Array:
+        """x times the weight and its update; the backward pass finds it again."""
+        if delta is None:
+            return keep(project(self.eqn, x, self.w))
+        seen = x  # by the update
+        if isinstance(delta, Delta) and delta.dropout > 0 and self.has_rng("dropout"):
+            seen = delta.drop(x, self.make_rng("dropout"))
+        gain = delta.gain(self.w)
+        if gain is None and seen is not x:
+            return keep(project(self.eqn, x, self.w) + delta(self.eqn, seen))
+        tokens = x.size // math.prod(self.shape[: site_inputs(self.eqn)])
+        if x.dtype == jnp.float32 and tokens >= FOLD:
+            y = keep(delta.folded(self.eqn, seen, self.w))
+        else:
+            y = keep(project(self.eqn, seen, self.w) + delta(self.eqn, seen))
+        if gain is not None:
+            y = _times(y, gain)
+        if seen is not x:
+            # As in PEFT: what dropout has changed is not the magnitude's.
+            y = y + keep(project(self.eqn, x - seen, self.w))
+        return y
 
     def _update(self, pair: Pair | None) -> Delta | Stack | None:
         """The low-rank update of the weight."""
@@ -86,12 +97,15 @@ class Proj(nn.Module):
         return self.get_variable("lora", "w")
 
     def _scaled(self, x: Array, side: str) -> Array:
-        """x times the vector of a side, in float32: bfloat16 rounds 1.001 to 1."""
+        """x times the vector of a side, if there is one."""
         factor = self.get_variable("ia3", side)
-        if factor is None:
-            return x
-        factor = jnp.expand_dims(factor, tuple(range(x.ndim - factor.ndim)))
-        return (x.astype(jnp.float32) * factor).astype(x.dtype)
+        return x if factor is None else _times(x, factor)
+
+
+def _times(x: Array, factor: Array) -> Array:
+    """x [..., *last] times a factor [*last], in float32: bfloat16 rounds 1.001 to 1."""
+    factor = jnp.expand_dims(factor, tuple(range(x.ndim - factor.ndim)))
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def site_inputs(eqn: str) -> int:
@@ -192,3 +206,12 @@ def put(tree: dict[str, Any], path: Path, value: Any) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = value
+
+
+def find(tree: Any, path: Path) -> Any:
+    """What a collection has at a site; None if nothing."""
+    for name in (*path, "w"):
+        if not isinstance(tree, Mapping) or name not in tree:
+            return None
+        tree = tree[name]
+    return tree

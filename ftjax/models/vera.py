@@ -42,9 +42,9 @@ class Vera:
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
     pair: Pair | None = None
 
-    def dense(self) -> Array:
-        """As `Delta`'s: [*stack, *inputs, *outputs]."""
-        return self.delta().dense()
+    def applied(self, w: Array) -> Array:
+        """As `Delta`'s: the weight with its update, float32."""
+        return self.delta().applied(w)
 
     def delta(self) -> Delta:
         """The update as LoRA has it: a = A * lambda_d, b = B * lambda_b, scale 1.

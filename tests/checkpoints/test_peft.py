@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ftjax.checkpoints.hf import load_params, open_weights
+from ftjax.checkpoints.hf import load_params, open_weights, save_params
 from ftjax.checkpoints.peft import is_zero, load_adapter, save_adapter
 from ftjax.errors import UserError
-from ftjax.methods.lora import init_lora
+from ftjax.methods.lora import init_lora, merge
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites
 from ftjax.models.registry import spec_from_config
@@ -25,26 +25,68 @@ SPEC = spec_from_config(check_peft.BASE, "config.json")
 SITES = find_sites(Decoder(SPEC))
 
 
+def golden_base(name: str, folder: Path) -> tuple[Decoder, Any]:
+    """The model that a golden adapter belongs to, and its weights."""
+    spec = spec_from_config(check_peft.base_config(name), "config.json")
+    base = check_peft.write_base(folder, name)
+    return Decoder(spec), load_params(open_weights(base, spec), dtype="float32")
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_what_peft_wrote_means_the_same_here(name: str, tmp_path: Path) -> None:
-    base = check_peft.write_base(tmp_path / "base")
-    params = load_params(open_weights(base, SPEC), dtype="float32")
-    adapter = load_adapter(write_adapter(tmp_path / "adapter", GOLDEN[name]), SITES)
+    model, params = golden_base(name, tmp_path / "base")
+    folder = write_adapter(tmp_path / "adapter", GOLDEN[name])
+    adapter = load_adapter(folder, find_sites(model))
     tokens = jnp.asarray([check_peft.IDS], jnp.int32)
     rows = (tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
     variables = {"params": params, "lora": adapter.lora}
-    logits = Decoder(SPEC).apply(variables, *rows, method="logits")[0]
+    logits = model.apply(variables, *rows, method="logits")[0]
     wanted = np.array(GOLDEN[name]["logits"], np.float32)
     np.testing.assert_allclose(np.asarray(logits), wanted, atol=1e-4)
     assert adapter.base_hash is None
     assert not is_zero(adapter.lora)
 
 
+@pytest.mark.parametrize("name", ["dora", "dora_biased"])
+def test_dora_has_the_gradient_and_the_merged_weight_of_peft(
+    name: str, tmp_path: Path
+) -> None:
+    model, params = golden_base(name, tmp_path / "base")
+    folder = write_adapter(tmp_path / "adapter", GOLDEN[name])
+    adapter = load_adapter(folder, find_sites(model))
+    tokens = jnp.asarray([check_peft.IDS], jnp.int32)
+    rows = (tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
+
+    def loss(lora: Any) -> Any:
+        logits = model.apply({"params": params, "lora": lora}, *rows, method="logits")
+        logp = jax.nn.log_softmax(logits[0, :-1])
+        return -jnp.mean(jnp.take_along_axis(logp, tokens[0, 1:, None], axis=1))
+
+    # A gradient has the shapes of an adapter: it is written, and compared, as one.
+    grads = jax.grad(loss)(jax.tree.map(jnp.asarray, adapter.lora))
+    save_adapter(tmp_path / "gradient", grads, adapter.plan, "base", None)
+    found = load_file(tmp_path / "gradient" / "adapter_model.safetensors")
+    wanted = GOLDEN[name]["gradient"]
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert np.abs(value).max() > 1e-4, key
+        np.testing.assert_allclose(found[key], value, atol=2e-6, rtol=2e-4, err_msg=key)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    config = check_peft.base_config(name)
+    whole = merge(params, adapter.lora)
+    save_params(merged, whole, model.spec, config=config, dtype="float32")
+    stored = load_file(merged / "model.safetensors")
+    for key, value in GOLDEN[name]["merged"].items():
+        np.testing.assert_allclose(stored[key], value, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", check_peft.OURS)
 def test_round_trip(name: str, tmp_path: Path) -> None:
-    _, plan, lora = check_peft.random_adapter(SPEC, check_peft.OURS[name])
-    save_adapter(tmp_path, lora, plan, "org/base", "f" * 64)
-    back = load_adapter(tmp_path, SITES)
+    _, params = golden_base("", tmp_path / "base")
+    _, plan, lora = check_peft.random_adapter(SPEC, check_peft.OURS[name], params)
+    save_adapter(tmp_path / "adapter", lora, plan, "org/base", "f" * 64)
+    back = load_adapter(tmp_path / "adapter", SITES)
     assert back.base_name == "org/base"
     assert back.base_hash == "f" * 64
     for path, at in plan.sites.items():
@@ -77,7 +119,7 @@ def test_an_adapter_at_its_start_is_zero() -> None:
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
         ({"bias": "all"}, "bias"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
@@ -148,7 +190,7 @@ def _not_a_number(tensors: dict[str, np.ndarray]) -> None:
         (_rename, "without the prefix base_model.model."),
         (_drop_half, "lora_B.weight"),
         (_drop_module, "no update of model.layers.1.self_attn.q_proj"),
-        (_magnitude, "DoRA"),
+        (_magnitude, "use_dora=false"),
         (_head, "the head"),
         (_deeper, "model.layers.7.self_attn.q_proj"),
         (_transpose, "wrong shape"),

@@ -7,7 +7,8 @@ Run by hand, from the root of the repository; the tests need neither torch nor p
     python -m tests.goldens.check_peft theirs DIR    # torch: loads them, and compares
 
 `golden` lets peft write adapters (values from `weights.random_tensor`) and keeps their
-configuration, shapes and logits: `tests/checkpoints/test_peft.py` loads them again.
+configuration, shapes and logits: `tests/checkpoints/test_peft.py` loads them again. Of
+DoRA it keeps the gradient of the mean loss of the row, and a merged weight, too.
 """
 
 import json
@@ -24,6 +25,7 @@ from tests.goldens.weights import random_tensor, write_random
 OUT = Path(__file__).parent / "peft.json"
 IDS = [1, 11, 3, 9, 29, 31, 15, 13, 25, 19, 27, 17]
 TOLERANCE = 1e-4
+PREFIX = "base_model.model."
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -68,6 +70,20 @@ THEIRS: dict[str, dict[str, Any]] = {
         "layers_to_transform": [0, 2],
     },
     "regex": {"r": 2, "lora_alpha": 4, "target_modules": r".*layers\.1\..*_proj"},
+    "dora": {
+        "r": 3,
+        "lora_alpha": 5,
+        "use_dora": True,
+        "rank_pattern": {"v_proj": 2},
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "layers_to_transform": [0, 2],
+    },
+    "dora_biased": {
+        "r": 2,
+        "lora_alpha": 4,
+        "use_dora": True,
+        "target_modules": ["k_proj", "o_proj"],
+    },
 }
 
 # What ftjax writes, for peft to read: the `method` section of a config.
@@ -79,6 +95,11 @@ OURS: dict[str, dict[str, Any]] = {
     },
     "rslora": {"use_rslora": True, "rank_pattern": "k_proj=1"},
     "some_layers": {"targets": r"layers\.[02]\.self_attn\.q_proj,o_proj"},
+    "dora": {
+        "use_dora": True,
+        "targets": r"layers\.[02]\.self_attn\.q_proj,o_proj,down_proj",
+        "rank_pattern": "down_proj=2",
+    },
 }
 
 # Sums of these that ftjax writes; peft makes them with combination_type='cat'.
@@ -88,7 +109,12 @@ SUMS: dict[str, dict[str, float]] = {
 }
 
 
-def base_tensors() -> dict[str, list[int]]:
+def base_config(case: str) -> dict[str, Any]:
+    """The base of a case: `BASE`, or that with biases in the attention."""
+    return BASE | {"attention_bias": case.endswith("_biased")}
+
+
+def base_tensors(*, bias: bool = False) -> dict[str, list[int]]:
     """The published names and shapes of `BASE`."""
     D, F, V, H = 32, 48, 32, 8
     shapes = {"model.embed_tokens.weight": [V, D], "model.norm.weight": [D]}
@@ -96,6 +122,8 @@ def base_tensors() -> dict[str, list[int]]:
         layer = f"model.layers.{i}."
         for name, rows in (("q", 4 * H), ("k", 2 * H), ("v", 2 * H), ("o", D)):
             shapes[f"{layer}self_attn.{name}_proj.weight"] = [rows, D]
+            if bias:
+                shapes[f"{layer}self_attn.{name}_proj.bias"] = [rows]
         shapes[f"{layer}mlp.gate_proj.weight"] = [F, D]
         shapes[f"{layer}mlp.up_proj.weight"] = [F, D]
         shapes[f"{layer}mlp.down_proj.weight"] = [D, F]
@@ -104,11 +132,13 @@ def base_tensors() -> dict[str, list[int]]:
     return shapes
 
 
-def write_base(folder: Path) -> Path:
-    """The checkpoint that all adapters here belong to."""
+def write_base(folder: Path, case: str = "") -> Path:
+    """The checkpoint that an adapter here belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(BASE))
-    write_random(folder / "model.safetensors", base_tensors())
+    config = base_config(case)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = base_tensors(bias=config["attention_bias"])
+    write_random(folder / "model.safetensors", tensors)
     return folder
 
 
@@ -120,8 +150,8 @@ def golden() -> None:
 
     cases = {}
     with tempfile.TemporaryDirectory() as temp:
-        base = write_base(Path(temp) / "base")
         for name, settings in THEIRS.items():
+            base = write_base(Path(temp) / f"base_{name}", name)
             config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
             model = peft.get_peft_model(transformers_model(base), config)
             fill_in_place(model)
@@ -133,10 +163,40 @@ def golden() -> None:
             written["base_model_name_or_path"] = "base"
             logits = torch_logits(model).round(6).tolist()
             cases[name] = {"config": written, "tensors": shapes, "logits": logits}
+            if config.use_dora:
+                cases[name] |= {"gradient": gradient(model), "merged": merged(model)}
     made = f"torch {torch.__version__}, transformers {transformers.__version__}"
     text = {"made_with": f"{made}, peft {peft.__version__}", "cases": cases}
     OUT.write_text(json.dumps(text, separators=(",", ":")) + "\n")
     print(f"wrote {OUT}: {OUT.stat().st_size} bytes, {len(cases)} cases")
+
+
+def gradient(model: Any) -> dict[str, Any]:
+    """Of the mean loss of the row, by published names."""
+    import torch
+
+    logits = model(torch.tensor([IDS])).logits[0]
+    torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(IDS[1:])).backward()
+    return {
+        published(name): weight.grad.numpy().round(8).tolist()
+        for name, weight in model.named_parameters()
+        if "lora_" in name
+    }
+
+
+def merged(model: Any) -> dict[str, Any]:
+    """The first weight that an adapter has changed, after peft has merged it."""
+    name = next(n for n, _ in model.named_modules() if n.endswith("lora_A"))
+    name = name.removeprefix(PREFIX).removesuffix(".lora_A")
+    whole = model.merge_and_unload().get_submodule(name)
+    return {f"{name}.weight": whole.weight.detach().numpy().round(7).tolist()}
+
+
+def published(name: str) -> str:
+    """The name of a parameter in peft's files."""
+    if "magnitude" in name:
+        return name.removesuffix(".default.weight")
+    return name.replace(".default", "")
 
 
 def fill_in_place(model: Any) -> None:
@@ -146,8 +206,7 @@ def fill_in_place(model: Any) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_" in name:
-                published = name.replace(".default", "")
-                values = random_tensor(published, tuple(weight.shape))
+                values = random_tensor(published(name), tuple(weight.shape))
                 weight.copy_(torch.from_numpy(values))
 
 
@@ -166,7 +225,7 @@ def ours(folder: Path) -> None:
     params = load_params(open_weights(base, spec), dtype="float32")
     tokens = jnp.asarray([IDS], jnp.int32)
     rows = (tokens, jnp.arange(len(IDS))[None], jnp.ones_like(tokens))
-    made = {name: random_adapter(spec, OURS[name]) for name in OURS}
+    made = {name: random_adapter(spec, OURS[name], params) for name in OURS}
     for name, mix in SUMS.items():
         parts = [Update(made[part][2], made[part][1]) for part in mix]
         summed = combine(parts, list(mix.values()))
@@ -177,20 +236,26 @@ def ours(folder: Path) -> None:
         target = folder / name
         save_adapter(target / "peft", lora, plan, str(base), "0" * 64)
         (target / "merged").mkdir()
-        merged = merge(params, lora)
-        save_params(target / "merged", merged, spec, config=BASE, dtype="float32")
+        whole = merge(params, lora)
+        save_params(target / "merged", whole, spec, config=BASE, dtype="float32")
         np.save(target / "logits.npy", np.asarray(logits[0]))
         size = sum(leaf.size for leaf in jax.tree.leaves(lora))
         print(f"{name}: {len(plan.sites)} sites, {size} numbers")
 
 
-def random_adapter(spec: Any, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """(model, plan, collection): of a `method` section, b random instead of zero."""
+def random_adapter(
+    spec: Any, settings: dict[str, Any], params: Any = None
+) -> tuple[Any, Any, Any]:
+    """(model, plan, collection): of a `method` section, b random instead of zero.
+
+    So are the magnitudes of DoRA, which needs the base's weights.
+    """
     from types import SimpleNamespace
 
     import jax
     import jax.numpy as jnp
 
+    from ftjax.methods.dora import with_magnitudes
     from ftjax.methods.lora import init_lora, plan_lora
     from ftjax.models.decoder import Decoder
     from ftjax.models.proj import find_sites
@@ -213,9 +278,12 @@ def random_adapter(spec: Any, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
         noise = rng.normal(0, 0.3, delta.b.shape).astype(np.float32)
         used = jnp.any(delta.a != 0, axis=tuple(range(1, delta.a.ndim - 1)))  # [L, r]
         used = used.reshape(*used.shape, *[1] * (delta.b.ndim - 2))
-        return replace(delta, b=jnp.where(used, jnp.asarray(noise), 0))
+        m = delta.m
+        if m is not None:
+            m = m * jnp.asarray(rng.uniform(0.5, 1.5, m.shape), jnp.float32)
+        return replace(delta, b=jnp.where(used, jnp.asarray(noise), 0), m=m)
 
-    start = init_lora(plan, 0)
+    start = with_magnitudes(init_lora(plan, 0), plan, {"params": params})
     lora = jax.tree.map(fill, start, is_leaf=lambda leaf: isinstance(leaf, Delta))
     return model, plan, lora
 

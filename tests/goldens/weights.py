@@ -19,7 +19,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     bits = np.random.Generator(np.random.Philox(key=key))
     # Sums of uniform numbers: numpy may change how it draws normal ones.
     values = bits.random((4, *shape)).sum(0) - 2.0
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "magnitude_vector")):
         return (1.0 + 0.3 * values).astype(np.float32)
     if len(shape) == 2 and "embed" not in name:
         values *= 2.5 * shape[1] ** -0.5
