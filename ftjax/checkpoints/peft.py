@@ -209,13 +209,11 @@ def load_adapter(
     }
     pairs = _pair(tensors, layers, folder, bool(config["use_dora"]))
     check_targets(config, pairs, layers, where)
-    ranks = {
-        name: lookup(config["rank_pattern"], name, config["r"], where) for name in pairs
-    }
-    alphas = {
-        name: lookup(config["alpha_pattern"], name, config["lora_alpha"], where)
-        for name in pairs
-    }
+
+    def each(pattern: str, usual: str) -> dict[str, Any]:
+        return {n: lookup(config[pattern], n, config[usual], where) for n in pairs}
+
+    ranks, alphas = each("rank_pattern", "r"), each("alpha_pattern", "lora_alpha")
     for name, pair in pairs.items():
         _check_shapes(name, pair, layers[name], ranks[name])
     kinds = bool(config["use_rslora"]), bool(config["use_dora"])
@@ -224,16 +222,12 @@ def load_adapter(
     tree: dict[str, Any] = {}
     for path, site in sites.items():
         names = site_names(site)
-        if not any(name in pairs for name in names):
-            continue
-        at = SitePlan(
-            site,
-            tuple(int(ranks.get(name, 0)) for name in names),
-            tuple(float(alphas.get(name, 1.0)) for name in names),
-            *kinds,
-        )
-        plans[path] = at
-        put(tree, path, {"w": _stack(at, [pairs.get(name) for name in names], dropout)})
+        if any(name in pairs for name in names):
+            rank = tuple(int(ranks.get(name, 0)) for name in names)
+            alpha = tuple(float(alphas.get(name, 1.0)) for name in names)
+            plans[path] = at = SitePlan(site, rank, alpha, *kinds)
+            own = [pairs.get(name) for name in names]
+            put(tree, path, {"w": _stack(at, own, dropout)})
     return Adapter(
         tree,
         LoraPlan(plans, dropout),

@@ -139,14 +139,24 @@ def save_any(
     by_site = {"ia3": _ia3_out, "vera": vera_out}
     write = by_site[kind] if kind in by_site else partial(_prompt_out, kind)
     tensors, own = write(tree, sites)
+    own |= saved_config(entries) | {"base_model_name_or_path": base_name}
+    entries += [Entry(n, x.shape, partial(np.asarray, x)) for n, x in tensors.items()]
+    _write(folder, kind, entries, own, base_hash)
+
+
+def _write(
+    folder: FilePath,
+    kind: str,
+    entries: list[Entry],
+    own: Mapping[str, Any],
+    base_hash: str | None,
+) -> None:
+    """The two files of an adapter that is no LoRA."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"} | ({peft.HASH_KEY: base_hash} if base_hash else {})
-    own |= saved_config(entries)
-    entries += [Entry(n, x.shape, partial(np.asarray, x)) for n, x in tensors.items()]
     write_tensors(folder / peft.TENSORS, entries, np.dtype(np.float32), metadata)
     config = {
         "auto_mapping": None,
-        "base_model_name_or_path": base_name,
         "inference_mode": True,
         "modules_to_save": None,
         "peft_type": KINDS[kind],
