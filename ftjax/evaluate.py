@@ -1,12 +1,19 @@
-"""Evaluates a model, a run or an adapter on a file: loss, perplexity, accuracy.
+"""Evaluates a model, a run or an adapter on a file, by the objective of any task.
 
     python -m ftjax.evaluate --model=DIR --data=FILE [--json]
+    python -m ftjax.evaluate --workdir=RUN --data=FILE
+    python -m ftjax.evaluate --config=configs/dpo.py:model=DIR --adapter=DIR --data=FILE
+    python -m ftjax.evaluate --workdir=RUN --data=FILE --to=scores --out=FILE
 
-In float32. The loss is per trained token: of plain text every token after the first, of
-prompts and conversations the answers (--nocompletion_only: everything).
+In float32, over the whole file. Without a task it is the loss per trained token: of
+plain text every token after the first, of prompts and conversations the answers
+(--nocompletion_only: everything). A run is measured by its own task. --to=scores writes
+what a reward model thinks of each row.
 """
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,12 +29,16 @@ from ftjax.data.loader import Loader, row_length
 from ftjax.data.report import DataReport
 from ftjax.errors import UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
-from ftjax.loading import Base, Policy, open_policy
-from ftjax.objectives.causal import causal
+from ftjax.evals.scores import score_rows
+from ftjax.loading import Base, Policy, load_base, open_policy
+from ftjax.objectives.tasks import task_of
+from ftjax.reference import open_reference, put_reference, reference_sums
+from ftjax.run_folder import read_run_config
 from ftjax.sharding import batch_sharding, make_mesh
 
 CHUNK = 64  # positions per row that the head handles at a time
 LONGEST = 2048  # tokens per row where neither the model nor the user sets less
+PLAIN = SimpleNamespace(chunk=CHUNK)  # the settings of a loss that has no others
 
 
 def define(args: flags.FlagValues) -> None:
@@ -45,14 +56,25 @@ def define(args: flags.FlagValues) -> None:
         "what becomes of rows longer than max_length",
         flag_values=args,
     )
+    what = "the task's metrics, or the reward of each row"
+    flags.DEFINE_enum("to", "metrics", ["metrics", "scores"], what, flag_values=args)
+    flags.DEFINE_string("out", "", "a new file for the scores", flag_values=args)
 
 
 def main(args: flags.FlagValues) -> dict[str, Any]:
     if not args.data:
         raise UserError("there is nothing to evaluate on", fix="--data=FILE")
+    if args.to == "scores" and (not args.out or Path(args.out).exists()):
+        raise UserError(
+            "scores want a new file",
+            where="--out",
+            expected="the name of a file that is not there yet",
+            got=args.out or "no name",
+        )
+    task, loss, model = _question(args)
     mesh = make_mesh()
     policy = open_policy(
-        model=args.model,
+        model=model,
         workdir=args.workdir,
         adapter=args.adapter,
         adapter_weights=args.adapter_weights,
@@ -61,38 +83,112 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         mesh=mesh,
         weights=args.weights,
     )
-    found, report = measure(args, policy, mesh)
-    say(
-        f"\n{policy.label}\nloss {found['loss']:.5f}, perplexity"
-        f" {found['perplexity']:.3f}, {found['token_accuracy']:.2%} of"
-        f" {found['tokens']:,} tokens right"
-    )
+    if args.to == "scores":
+        return _write_scores(args, policy, mesh, task)
+    found, report = measure(args, policy, mesh, task=task, loss=loss)
+    shown = [f"{name} {found[name]:.4g}" for name in task_of(task).shown]
+    parts = [f"loss {found['loss']:.5f}", *shown, f"{found['tokens']:,} tokens"]
+    say(f"\n{policy.label}\n" + ", ".join(parts))
     counts = {"rows": report.kept, "truncated": report.truncated}
-    return {**found, **counts, "dropped": report.dropped_rows, "model": policy.label}
+    about = {"dropped": report.dropped_rows, "model": policy.label, "task": task}
+    return {**found, **counts, **about}
+
+
+def _question(args: Any) -> tuple[str, Any, str]:
+    """(task, settings of its loss, model), from a config, a run or nothing."""
+    config = args.config
+    if config is not None:
+        model = args.model or ("" if args.workdir else config.model.path)
+        return config.task, config.loss, model
+    if args.workdir:
+        saved = read_run_config(args.workdir)
+        loss = SimpleNamespace(**{"chunk": CHUNK, **saved.get("loss", {})})
+        return saved.get("task", "sft"), loss, args.model
+    return "sft", PLAIN, args.model
 
 
 def measure(
-    args: Any, policy: Policy, mesh: Mesh, *, tell: bool = True
+    args: Any,
+    policy: Policy,
+    mesh: Mesh,
+    *,
+    task: str = "sft",
+    loss: Any = PLAIN,
+    tell: bool = True,
 ) -> tuple[dict[str, float], DataReport]:
-    """Loss, perplexity, accuracy and tokens of a policy, and what the data was.
+    """The loss and the metrics of a task, and what the data was.
 
     Args:
       args: `data`, `split`, `max_length`, `batch_size`, `completion_only`, `overlong`
-        (and `rows`: at most so many, spread evenly),
-        as this command has them.
+        (and `rows`: at most so many, spread evenly), as this command has them.
+      policy: what is measured.
+      mesh: of its weights.
+      task: of `objectives.tasks`.
+      loss: its settings, `config.loss`.
       tell: prints the report of the data.
     """
-    batches, report = read_batches(args, policy.base, mesh, policy.max_positions)
+    what = task_of(task)
+    loader, rows = _load(args, policy.base, mesh, policy.max_positions, task)
     if tell:
-        say(report.text())
+        say(loader.dataset.report.text())
+    frozen: Any = {}
+    if what.head and what.head not in policy.variables:
+        raise _no_head(policy, what.head)
+    if what.reference:
+        frozen = _reference(policy, loader, loss, mesh, rows)
     found = evaluate(
-        make_sum_batch(causal(policy.model, CHUNK)),
+        make_sum_batch(what.make(policy.model, loss)),
         policy.variables,
-        {},
-        batches,
+        frozen,
+        loader.epoch(rows),
         batch_sharding(mesh),
     )
-    return found, report
+    return found, loader.dataset.report
+
+
+def _reference(policy: Policy, loader: Loader, loss: Any, mesh: Mesh, rows: int) -> Any:
+    """The base's variables; of another reference, its numbers go into the data."""
+    if loss.reference == "base":
+        if policy.frozen is not None:
+            return policy.frozen
+        return load_base(policy.base, jnp.float32, mesh)
+    other = open_reference(loss.reference, policy.base)
+    model = policy.model.clone(spec=other.spec)
+    weights = load_base(other, jnp.float32, mesh)
+    put_reference(loader, reference_sums(model, weights, loader, loss, mesh, rows))
+    return {}
+
+
+def _no_head(policy: Policy, head: str) -> UserError:
+    return UserError(
+        "this model has no head that gives rewards",
+        where=policy.label,
+        expected=f"a run of configs/reward.py, or its adapter with `{head}`",
+        fix="train one: python -m ftjax.train --config=configs/reward.py",
+    )
+
+
+def _write_scores(args: Any, policy: Policy, mesh: Mesh, task: str) -> dict[str, Any]:
+    """One line of JSON per row: its place, and the reward of each of its answers."""
+    head = task_of("reward").head
+    if head not in policy.variables:
+        raise _no_head(policy, head)
+    loader, rows = _load(
+        args, policy.base, mesh, policy.max_positions, "reward", "mixed"
+    )
+    say(loader.dataset.report.text())
+    found = score_rows(policy.model, policy.variables, loader, mesh, rows)
+    with Path(args.out).open("x", encoding="utf-8") as file:
+        for row in found:
+            file.write(json.dumps(row) + "\n")
+    pairs = [row for row in found if "chosen" in row]
+    result = {"rows": len(found), "out": args.out, "model": policy.label}
+    if pairs:
+        right = sum(row["chosen"] > row["rejected"] for row in pairs)
+        result["accuracy"] = right / len(pairs)
+        say(f"\n{right:,} of {len(pairs):,} pairs are ranked as they were")
+    say(f"{len(found):,} rows -> {args.out}")
+    return result
 
 
 def read_batches(
@@ -104,15 +200,24 @@ def read_batches(
       args: as in `measure`.
       most: tokens that fit into the model's context; 0: all of its positions.
     """
-    longest = _max_length(args, most or base.spec.max_positions)
-    dataset = _dataset(args, base, longest)
+    loader, rows = _load(args, base, mesh, most or base.spec.max_positions, "sft")
+    return loader.epoch(rows), loader.dataset.report
+
+
+def _load(
+    args: Any, base: Base, mesh: Mesh, most: int, task: str, reads: str = ""
+) -> tuple[Loader, int]:
+    """The rows of a file as a task reads them, and how many make a batch."""
+    longest = _max_length(args, most)
+    dataset = _dataset(args, base, longest, reads or task_of(task).reads)
+    dataset.ends = task_of(task).ends
     length = row_length(dataset, max_length=longest, packing=False)
     loader = Loader(dataset, length=length, packing=True, seed=0, shuffle=False)
     rows = -(-min(args.batch_size, loader.rows_per_epoch) // mesh.size) * mesh.size
-    return loader.epoch(rows), dataset.report
+    return loader, rows
 
 
-def _dataset(args: Any, base: Base, longest: int) -> Dataset:
+def _dataset(args: Any, base: Base, longest: int, reads: str) -> Dataset:
     rules = SimpleNamespace(
         max_length=longest,
         overlong=args.overlong,
@@ -128,6 +233,7 @@ def _dataset(args: Any, base: Base, longest: int) -> Dataset:
         rules,
         vocab_size=base.spec.vocab_size,
         split="eval",
+        reads=reads,
     )
 
 
@@ -144,4 +250,4 @@ def _max_length(args: Any, most: int) -> int:
 
 
 if __name__ == "__main__":
-    cli.entry(main, define)
+    cli.entry(main, define, config=True)

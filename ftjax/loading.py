@@ -33,7 +33,6 @@ from ftjax.data.tokenizer import FILES as TOKENIZER_FILES
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError, require_regular
 from ftjax.methods.lora import LoraPlan
-from ftjax.methods.method import plan_method
 from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
 from ftjax.methods.virtual import virtual_count
 from ftjax.models.config_reader import say
@@ -42,6 +41,7 @@ from ftjax.models.presets import PRESETS
 from ftjax.models.proj import abstract_params, find_sites, params_axes, put
 from ftjax.models.registry import spec_from_config
 from ftjax.models.spec import ModelSpec
+from ftjax.objectives.tasks import plan_task
 from ftjax.quant.qtensor import QTensor
 from ftjax.run_folder import choose_step, read_run_config
 from ftjax.sharding import make_mesh, shard_tree
@@ -105,6 +105,8 @@ class Policy:
       step: of the run's checkpoint, or None.
       chat: whether the run was trained on conversations.
       adapters: those that were read for the base, by name.
+      frozen: the base alone, where it is whole beside what was trained; else None.
+      task: of the run.
     """
 
     base: Base
@@ -116,6 +118,8 @@ class Policy:
     step: int | None = None
     chat: bool = False
     adapters: Known = field(default_factory=dict)
+    frozen: PyTree | None = None
+    task: str = "sft"
 
 
 def open_base(
@@ -284,17 +288,20 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
     step, which = choose_step(saved, weights)
     meta = saved.meta(step)
     _check_hash(meta.get("base_hash"), base, f"{folder}/{step}/meta.json")
-    method = plan_method(decoder, SimpleNamespace(**config["method"]))
+    task, settings = config.get("task", "sft"), SimpleNamespace(**config["method"])
+    method = plan_task(decoder, task, settings)
     like = {
         name: _like(part.shapes, part.axes, mesh) for name, part in method.parts.items()
     }
     trained = saved.restore(step, {"trained": like}, partial=True)["trained"]
+    frozen = None
     if method.whole:
         variables = jax.tree.map(lambda w: w.astype(dtype), trained)
     else:
         formats = run_formats(config, decoder)
         loaded = load_base(base, dtype, mesh, formats=formats, note=note)
-        variables = join(method.rest(loaded), trained)
+        frozen = method.rest(loaded)
+        variables = join(frozen, trained)
     return Policy(
         base,
         decoder,
@@ -304,6 +311,8 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         base.spec.max_positions - virtual_count(method),
         step,
         bool(meta.get("chat")),
+        frozen=frozen if method.frozen_is_base else None,
+        task=task,
     )
 
 
@@ -323,12 +332,20 @@ def _open_model(
     decoder = Decoder(base.spec, dtype=dtype)
     check = partial(check_adapter, base, note)
     chosen = read_adapters(*adapters, model=decoder, check=check)
-    variables = load_base(base, dtype, mesh, note=note) | chosen.variables(mesh)
+    frozen = load_base(base, dtype, mesh, note=note)
+    variables = frozen | chosen.variables(mesh)
     label = f"{chosen.label} on {base.name}" if chosen.label else f"model {base.name}"
     most = base.spec.max_positions
     most -= chosen.adapter.virtual if chosen.adapter else 0
     return Policy(
-        base, decoder, variables, chosen.plan, label, most, adapters=chosen.known
+        base,
+        decoder,
+        variables,
+        chosen.plan,
+        label,
+        most,
+        adapters=chosen.known,
+        frozen=frozen,
     )
 
 

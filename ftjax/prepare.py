@@ -20,10 +20,8 @@ from ftjax.data.loader import Loader, row_length
 from ftjax.errors import UserError
 from ftjax.loading import Base, load_base, open_base
 from ftjax.methods.dora import with_magnitudes
-from ftjax.methods.heads import with_head
 from ftjax.methods.loftq import fit_errors, require_codes
 from ftjax.methods.lora import plan_lora
-from ftjax.methods.method import plan_method
 from ftjax.methods.parts import Method, Row
 from ftjax.methods.quant import Plan, plan_quant, stored_plan
 from ftjax.methods.virtual import begin_with, virtual_count
@@ -37,7 +35,7 @@ from ftjax.models.proj import (
     init_params,
     params_axes,
 )
-from ftjax.objectives.tasks import task_of
+from ftjax.objectives.tasks import plan_task, task_of
 from ftjax.optimizers.muon import Matrices
 from ftjax.sharding import make_mesh, shard_tree
 from ftjax.weights import join
@@ -165,9 +163,7 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
     stored = config.model.param_dtype
     param_dtype = dtype if stored == "auto" else jnp.dtype(stored)
     model = Decoder(base.spec, dtype=dtype, remat=config.model.remat, mesh=mesh)
-    method = plan_method(model, config.method)
-    if head := task_of(config.task).head:
-        method = with_head(method, base.spec.d_model, head)
+    method = plan_task(model, config.task, config.method)
     if method.name == "prompt" and config.method.text:
         ids = base.tokenizer.encode([config.method.text], add_special=False)[0]
         method = begin_with(method, ids)

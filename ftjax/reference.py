@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ftjax.console import say
 from ftjax.data.loader import Loader
 from ftjax.errors import UserError
 from ftjax.loading import Base, load_base, open_base
 from ftjax.models.decoder import Decoder
-from ftjax.objectives import rows
 from ftjax.objectives.dpo import REFERENCE, sums_of
+from ftjax.objectives.rows import logps
 from ftjax.objectives.tasks import task_of
 from ftjax.prepare import Prepared
 from ftjax.sharding import batch_sharding, put_batch
@@ -55,6 +57,7 @@ def add_reference(
     base = ready.base if other == "base" else open_reference(other, ready.base)
     data = ready.data
     loaders = {"train": data.loader, "eval": data.eval_loader}
+    size = config.train.batch_size // config.train.accumulate
     policy: PyTree | None = None
     for split, loader in loaders.items():
         if loader is None:
@@ -67,14 +70,13 @@ def add_reference(
                 policy = _variables(base, ready, trained, frozen)
             say(f"the reference reads the {split} data, once")
             model = Decoder(base.spec, dtype=ready.shape.dtype, mesh=ready.mesh)
-            found = _sums(model, policy, loader, config, ready)
+            found = reference_sums(model, policy, loader, config.loss, ready.mesh, size)
             path.parent.mkdir(exist_ok=True)
             partial = path.with_suffix(".partial")
             with partial.open("wb") as file:
                 np.save(file, found, allow_pickle=False)
             partial.replace(path)
-        for name, column in zip(REFERENCE, found.T, strict=True):
-            loader.dataset.values[name] = column
+        put_reference(loader, found)
 
 
 def open_reference(name: str, base: Base) -> Base:
@@ -118,21 +120,35 @@ def _key(config: Any, base: Base, loader: Loader) -> str:
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
-def _sums(
-    model: Decoder, variables: PyTree, loader: Loader, config: Any, ready: Prepared
+def reference_sums(
+    model: Decoder, variables: PyTree, loader: Loader, loss: Any, mesh: Mesh, rows: int
 ) -> np.ndarray:
-    """log p of the chosen and the rejected of every group: float32 [groups, 2]."""
+    """log p of the chosen and the rejected of every group: float32 [groups, 2].
+
+    Args:
+      model: the reference's.
+      variables: its weights.
+      loader: of the pairs.
+      loss: `config.loss` of the task.
+      mesh: of the weights.
+      rows: of a batch.
+    """
 
     @jax.jit
     def both(variables: PyTree, batch: PyTree) -> jax.Array:
-        tokens = rows.logps(model, variables, batch, config.loss.chunk)
-        return jax.numpy.stack(sums_of(tokens, batch, config.loss.ld_alpha), -1)
+        tokens = logps(model, variables, batch, loss.chunk)
+        return jnp.stack(sums_of(tokens, batch, loss.ld_alpha), -1)
 
     found = np.zeros((len(loader.dataset.groups), len(REFERENCE)), np.float32)
-    sharding = batch_sharding(ready.mesh)
-    size = config.train.batch_size // config.train.accumulate
-    for batch, members in loader.epoch_groups(size):
-        sums_BU2 = np.asarray(both(variables, put_batch(batch, sharding)))
+    for batch, members in loader.epoch_groups(rows):
+        sent = put_batch(batch, batch_sharding(mesh))
+        sums_BU2 = np.asarray(both(variables, sent))
         for row, groups in enumerate(members):
             found[groups] = sums_BU2[row, : len(groups)]
     return found
+
+
+def put_reference(loader: Loader, found: np.ndarray) -> None:
+    """Puts the reference's sums, float32 [groups, 2], beside the pairs."""
+    for name, column in zip(REFERENCE, found.T, strict=True):
+        loader.dataset.values[name] = column

@@ -201,13 +201,10 @@ def load_adapter(
     config = read_config(folder) if config is None else config
     where = folder / CONFIG
     tensors = read_tensors(folder) if tensors is None else tensors
-    layers = {
-        name: site
-        for path, site in sites.items()
-        if path[0] == "layers"
-        for name in site_names(site)
-    }
-    pairs = _pair(tensors, layers, folder, bool(config["use_dora"]))
+    inside = [site for path, site in sites.items() if path[0] == "layers"]
+    layers = {name: site for site in inside for name in site_names(site)}
+    rslora, dora = bool(config["use_rslora"]), bool(config["use_dora"])
+    pairs = _pair(tensors, layers, folder, dora)
     check_targets(config, pairs, layers, where)
 
     def each(pattern: str, usual: str) -> dict[str, Any]:
@@ -216,8 +213,7 @@ def load_adapter(
     ranks, alphas = each("rank_pattern", "r"), each("alpha_pattern", "lora_alpha")
     for name, pair in pairs.items():
         _check_shapes(name, pair, layers[name], ranks[name])
-    kinds = bool(config["use_rslora"]), bool(config["use_dora"])
-    dropout = float(config["lora_dropout"])
+    p = float(config["lora_dropout"])
     plans: dict[Path, SitePlan] = {}
     tree: dict[str, Any] = {}
     for path, site in sites.items():
@@ -225,12 +221,12 @@ def load_adapter(
         if any(name in pairs for name in names):
             rank = tuple(int(ranks.get(name, 0)) for name in names)
             alpha = tuple(float(alphas.get(name, 1.0)) for name in names)
-            plans[path] = at = SitePlan(site, rank, alpha, *kinds)
+            plans[path] = at = SitePlan(site, rank, alpha, rslora, dora)
             own = [pairs.get(name) for name in names]
-            put(tree, path, {"w": _stack(at, own, dropout)})
+            put(tree, path, {"w": _stack(at, own, p)})
     return Adapter(
         tree,
-        LoraPlan(plans, dropout),
+        LoraPlan(plans, p),
         str(config.get("base_model_name_or_path") or ""),
         read_metadata(folder / TENSORS).get(HASH_KEY),
     )

@@ -49,7 +49,7 @@ def scores(
     hidden, _ = hidden_and_head(model, policy, batch, key)
     each_BT = read_head(hidden, policy[HEAD])
     last_BT = ends(batch["segments"])
-    groups = batch["pair"].shape[-1] if "pair" in batch else int(last_BT.shape[-1])
+    groups = batch["pair"].shape[-1]
     found = rows.group_sums(
         jnp.where(last_BT, each_BT, 0), batch["segments"], groups, members
     )

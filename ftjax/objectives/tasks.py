@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftjax.errors import UserError
+from ftjax.methods.heads import with_head
+from ftjax.methods.method import plan_method
+from ftjax.methods.parts import Method
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.causal import causal
 from ftjax.objectives.dpo import dpo
@@ -57,6 +60,16 @@ TASKS: dict[str, Task] = {
     "dpo": Task(dpo, "pairs", reference=True, shown=PREFERENCE),
     "orpo": Task(orpo, "mixed", shown=("nll", *PREFERENCE)),
 }
+
+
+def plan_task(model: Decoder, task: str, config: Any) -> Method:
+    """The method of a config, `config.method`, and the head that the task trains.
+
+    Raises:
+      UserError: as `plan_method`, or there is no such task.
+    """
+    method, head = plan_method(model, config), task_of(task).head
+    return with_head(method, model.spec.d_model, head) if head else method
 
 
 def task_of(name: str) -> Task:
