@@ -32,6 +32,7 @@ from ftjax.checkpoints.state import Checkpoints
 from ftjax.data.tokenizer import FILES as TOKENIZER_FILES
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError, require_regular
+from ftjax.methods.freeze import trained_names
 from ftjax.methods.lora import LoraPlan
 from ftjax.methods.method import plan_method
 from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
@@ -105,6 +106,7 @@ class Policy:
       step: of the run's checkpoint, or None.
       chat: whether the run was trained on conversations.
       adapters: those that were read for the base, by name.
+      saved: published names of weights of the base that were trained with an adapter.
     """
 
     base: Base
@@ -116,6 +118,7 @@ class Policy:
     step: int | None = None
     chat: bool = False
     adapters: Known = field(default_factory=dict)
+    saved: frozenset[str] = frozenset()
 
 
 def open_base(
@@ -304,6 +307,7 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         base.spec.max_positions - virtual_count(method),
         step,
         bool(meta.get("chat")),
+        saved=trained_names(method, base.spec),
     )
 
 
@@ -323,12 +327,19 @@ def _open_model(
     decoder = Decoder(base.spec, dtype=dtype)
     check = partial(check_adapter, base, note)
     chosen = read_adapters(*adapters, model=decoder, check=check)
-    variables = load_base(base, dtype, mesh, note=note) | chosen.variables(mesh)
+    variables = chosen.over(load_base(base, dtype, mesh, note=note), base.spec, mesh)
     label = f"{chosen.label} on {base.name}" if chosen.label else f"model {base.name}"
     most = base.spec.max_positions
     most -= chosen.adapter.virtual if chosen.adapter else 0
     return Policy(
-        base, decoder, variables, chosen.plan, label, most, adapters=chosen.known
+        base,
+        decoder,
+        variables,
+        chosen.plan,
+        label,
+        most,
+        adapters=chosen.known,
+        saved=frozenset(chosen.adapter.saved if chosen.adapter else ()),
     )
 
 

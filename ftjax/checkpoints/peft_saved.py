@@ -100,9 +100,7 @@ def take_saved(
 def _within(name: str, module: str) -> bool:
     """Whether PEFT saves a weight for this entry: a module's name ends with it."""
     parts = module_of(name).split(".")
-    return any(
-        ".".join(parts[:i]).endswith(module) for i in range(1, len(parts) + 1)
-    )
+    return any(".".join(parts[:i]).endswith(module) for i in range(1, len(parts) + 1))
 
 
 def _require_tied(saved: Saved, where: FilePath) -> None:
@@ -121,7 +119,7 @@ def _require_tied(saved: Saved, where: FilePath) -> None:
 
 
 def with_saved(params: Any, saved: Saved, spec: ModelSpec, where: str) -> Any:
-    """`params` with these weights in their places, in their dtypes and on their devices.
+    """`params` with these weights in their places, dtypes and devices.
 
     Raises:
       UserError: where a weight is quantized.

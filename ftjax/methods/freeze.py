@@ -18,8 +18,8 @@ from ftjax.methods.patterns import each_matches, matches, split_list
 from ftjax.models.decoder import Decoder
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import model_weights
-from ftjax.models.spec import ModelSpec
 from ftjax.models.proj import Path, Site, abstract_params, params_axes, put
+from ftjax.models.spec import ModelSpec
 
 Pick = dict[LeafPath, int]  # how many of a leaf's last layers; 0: a leaf without layers
 
@@ -83,7 +83,9 @@ def trained_names(method: Method, spec: ModelSpec) -> frozenset[str]:
         for name in path:
             leaf = leaf.get(name, {}) if isinstance(leaf, dict) else leaf
         if leaf:
-            found.update(weight.names[-leaf.shape[0] :] if weight.layers else weight.names)
+            found.update(
+                weight.names[-leaf.shape[0] :] if weight.layers else weight.names
+            )
     return frozenset(found)
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from ftjax.errors import UserError
 from ftjax.methods.parts import Method, Part, PyTree, Row
@@ -35,7 +34,7 @@ class Target:
 
 
 def plan_vera(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
-    """Vectors beside the projections; `lambda_b` is zero, so that it begins as the base.
+    """Vectors beside the projections; `lambda_b` is zero: it begins as the base.
 
     Args:
       model: of any family.
@@ -145,7 +144,7 @@ def _rows(plan: Mapping[Path, Target], rank: int) -> list[Row]:
 def _beside(base: PyTree, pair: Pair) -> Pair:
     """The pair on the devices of the base."""
     place = jax.tree.leaves(base)[0].sharding
-    if isinstance(place, NamedSharding):
+    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
         return jax.device_put(pair, replicated(place.mesh))
     return pair
 

@@ -46,7 +46,10 @@ def test_logits_and_gradients_are_those_of_peft(name: str, tmp_path: Path) -> No
         logp = jax.nn.log_softmax(logits[:-1])
         return -jnp.mean(logp[jnp.arange(len(logp)), tokens[0, 1:]]), logits
 
-    variables = {"params": params, adapter.kind: jax.tree.map(jnp.asarray, adapter.tree)}
+    variables = {
+        "params": params,
+        adapter.kind: jax.tree.map(jnp.asarray, adapter.tree),
+    }
     gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(variables)
     wanted = np.array(GOLDEN[name]["logits"], np.float32)
     np.testing.assert_allclose(np.asarray(logits), wanted, atol=1e-4)

@@ -189,9 +189,7 @@ def ours(folder: Path) -> None:
         logits = model.apply(both, *rows, method="logits")
         target, plan, sites = folder / name, method.lora, find_sites(model)
         named = trained_names(method, spec)
-        save_any(
-            target, both, plan, sites, str(base), "0" * 64, saved=named, spec=spec
-        )
+        save_any(target, both, plan, sites, str(base), "0" * 64, saved=named, spec=spec)
         np.save(target / "logits.npy", np.asarray(logits[0]))
 
 
