@@ -301,13 +301,15 @@ def check_targets(
 ) -> None:
     """What the configuration targets must be what the tensors are for, as in PEFT."""
     targets = config.get("target_modules")
-    if targets is None:
-        raise refuse(where, "target_modules", None, "a list of module names")
+    if not isinstance(targets, str | list):
+        raise refuse(where, "target_modules", targets, "a list of module names")
     for target in [] if isinstance(targets, str) else targets:
         if not any(targeted([target], name, where) for name in layers):
             raise refuse(where, "target_modules", target, "projections in the layers")
     kept = config.get("layers_to_transform")
     kept = [kept] if isinstance(kept, int) else kept
+    if not isinstance(kept or [], list):
+        raise refuse(where, "layers_to_transform", kept, "a list of layers")
     wanted = {
         name
         for name in layers
