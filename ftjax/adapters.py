@@ -17,11 +17,13 @@ import jax
 from jax.sharding import Mesh
 
 from ftjax.checkpoints.peft_others import Adapter, load_any
+from ftjax.checkpoints.peft_saved import with_saved
 from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan, lora_axes
 from ftjax.methods.several import Update, combine
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites
+from ftjax.models.spec import ModelSpec
 from ftjax.sharding import replicated, shard_tree
 
 NONE = "none"
@@ -58,6 +60,14 @@ class Chosen:
         if self.plan is not None:
             places = shard_tree(tree, lora_axes(self.plan), mesh)
         return {self.adapter.kind: jax.device_put(tree, places)}
+
+    def over(self, base: dict[str, Any], spec: ModelSpec, mesh: Mesh) -> dict[str, Any]:
+        """A base's variables with the adapter, and the weights that it brings."""
+        found = {**base, **self.variables(mesh)}
+        if self.adapter and self.adapter.saved:
+            saved, where = self.adapter.saved, f"--adapter: {self.names[0]}"
+            found["params"] = with_saved(base["params"], saved, spec, where)
+        return found
 
 
 def read_adapters(
@@ -107,11 +117,12 @@ def updates(known: Known, names: Sequence[str]) -> list[Update | None]:
     found: list[Update | None] = []
     for name in names:
         one = known[name]
-        if one is not None and one.plan is None:
+        if one is not None and (one.plan is None or one.saved):
+            got = f"an adapter of kind {one.kind}"
             raise UserError(
                 "only low-rank adapters can be added, scaled, switched or chosen from",
                 where=f"--adapter: {name}",
-                got=f"an adapter of kind {one.kind}",
+                got=f"{got}, with {min(one.saved)}" if one.saved else got,
                 fix="use it alone",
             )
         found.append(Update(one.tree, one.plan) if one and one.plan else None)

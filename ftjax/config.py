@@ -30,6 +30,8 @@ SETTING = Range(
 NOT_EMPTY = Range("a name or a path", bool)
 
 
+# Counters and seeds are 32-bit integers; a larger float is soon infinite in 32 bits.
+LARGEST: dict[type, float] = {bool: 1, int: 2**31 - 1, float: 1e30}
 METHODS = ("lora", "vera", "full", "freeze", "bottleneck", "ia3", "prompt", "prefix")
 
 
@@ -113,13 +115,15 @@ def validate(config: Any) -> None:
         if name not in group or group[name] is None:
             continue
         value = group[name]
-        wrong = isinstance(value, float) and not math.isfinite(value)
-        if wrong or not allowed.test(value):
+        number = isinstance(value, int | float)
+        far = number and not abs(value) <= LARGEST[type(value)]
+        if far or not allowed.test(value):
+            more = f", at most {LARGEST[type(value)]:,}" if far else ""
             raise UserError(
                 "a value outside its range",
                 where=f"config.{key}",
-                expected=allowed.words,
-                got=repr(value),
+                expected=allowed.words + more,
+                got=repr(value)[:100],
             )
     _contradictions(config)
     _check_optimizer(config)

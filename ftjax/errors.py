@@ -139,6 +139,9 @@ def _leave_trace(argv: list[str]) -> None:
             if value or i + 1 < len(argv):
                 try:
                     if folder.is_dir():
-                        (folder / "error.txt").write_text(traceback.format_exc())
+                        trace = traceback.format_exc()
+                        (folder / "error.txt").write_text(
+                            trace, "utf-8", "backslashreplace"
+                        )
                 except OSError as error:
                     print(f"could not write error.txt: {error}", file=sys.stderr)

@@ -25,11 +25,17 @@ import jax.numpy as jnp
 from absl import flags
 
 from ftjax import cli
+from ftjax.card import adapter_facts, model_card
 from ftjax.checkpoints import gguf
 from ftjax.checkpoints.folder import refuse_existing, write_folder
 from ftjax.checkpoints.hf import save_params
 from ftjax.checkpoints.peft import is_zero
-from ftjax.checkpoints.peft_others import KINDS, adapter_kind, save_any
+from ftjax.checkpoints.peft_others import (
+    KINDS,
+    adapter_kind,
+    save_any,
+    why_unsaved,
+)
 from ftjax.checkpoints.quant_save import save_quantized
 from ftjax.console import count, say
 from ftjax.data.tokenizer import FILES
@@ -41,9 +47,9 @@ from ftjax.loading import (
     public_name,
 )
 from ftjax.merged import kinds, measure_change, merged_params, tell_change, tree_reader
-from ftjax.methods.lora import LoraPlan
 from ftjax.methods.quant import Plan, plan_quant
 from ftjax.models.proj import find_sites
+from ftjax.models.vera import is_vera
 from ftjax.quant.formats import NAMES
 from ftjax.run_folder import read_run_config
 from ftjax.workdir import require_space
@@ -154,7 +160,7 @@ def _check(args: flags.FlagValues) -> Path:
 def _check_method(args: flags.FlagValues) -> None:
     """Whether what was trained goes into the folder that is asked for."""
     method = read_run_config(args.workdir)["method"] if args.workdir else {}
-    name, beside = method.get("name", ""), method.get("also_train", "")
+    name = method.get("name", "")
     if args.to != "peft" and name in NEW:
         raise UserError(
             "what this run has trained is no weight of the model",
@@ -163,11 +169,9 @@ def _check_method(args: flags.FlagValues) -> None:
             fix="use the run itself: generate and evaluate take --workdir"
             + ("; --to=peft writes the adapter" if name in KINDS else ""),
         )
-    if args.to == "peft" and (name not in KINDS or beside):
+    if args.to == "peft" and name not in KINDS:
         trained = {"": "a model alone", "full": f"{args.workdir} is a full fine-tune"}
         got = trained.get(name, f"{args.workdir} was trained with method={name}")
-        if beside and name in KINDS:
-            got = f"method={name}, and weights trained beside it: also_train={beside}"
         whole = name not in NEW
         raise UserError(
             "there is no adapter to export",
@@ -200,20 +204,28 @@ def write_adapter(out: Path, policy: Policy) -> None:
             where=policy.label,
             fix="--to=merged writes the whole model",
         )
-    tree = variables[kind]
-    idle = {"lora": "its B is zero", "ia3": "its factors are one"}.get(kind, "")
-    ones = kind == "ia3" and all(bool(jnp.all(x == 1)) for x in jax.tree.leaves(tree))
-    if ones or (kind == "lora" and is_zero(tree)):
+    tree, saved, sites = variables[kind], policy.saved, find_sites(policy.model)
+    idle = why_idle(kind, tree)
+    if idle and not saved:
         raise UserError(
             f"the adapter changes nothing: {idle} everywhere",
             where=policy.label,
             fix="train it first",
         )
+    if reason := why_unsaved(variables, saved, sites):
+        raise UserError(
+            "PEFT's files have no place for what was trained",
+            where="--to=peft",
+            got=reason,
+            fix="--to=merged writes the whole model" if kind not in NEW else None,
+        )
 
     def fill(folder: Path) -> None:
-        sites = find_sites(policy.model)
-        save_any(folder, variables, plan, sites, public_name(base), base.hash or None)
-        facts = _adapter_facts(kind, tree, plan)
+        name, known = public_name(base), base.hash or None
+        save_any(
+            folder, variables, plan, sites, name, known, saved=saved, spec=base.spec
+        )
+        facts = adapter_facts(kind, tree, plan)
         if "quant" in variables:
             # LoftQ's update holds the error of the codes: over floats it is no use.
             facts["trained over"] = f"the base as {kinds(variables['quant'])}"
@@ -222,17 +234,15 @@ def write_adapter(out: Path, policy: Policy) -> None:
     write_folder(out, fill)
 
 
-def _adapter_facts(kind: str, tree: Any, plan: LoraPlan | None) -> dict[str, str]:
-    """What the card says of an adapter."""
-    if plan is None:
-        numbers = sum(leaf.size for leaf in jax.tree.leaves(tree))
-        return {"adapter": KINDS[kind], "trained parameters": count(numbers)}
-    ranks = sorted({r for at in plan.sites.values() for r in at.ranks if r})
-    return {
-        "adapter": "LoRA, rank " + "/".join(map(str, ranks)),
-        "targets": ", ".join(path[-1] for path in plan.sites),
-        "trained parameters": count(sum(at.count for at in plan.sites.values())),
-    }
+def why_idle(kind: str, tree: Any) -> str:
+    """Why an adapter computes what its base does; empty where it does not."""
+    if kind == "lora":
+        return "its B is zero" if is_zero(tree) else ""
+    if kind == "vera":
+        leaves = [x for x in jax.tree.leaves(tree, is_leaf=is_vera) if is_vera(x)]
+        return "" if any(jnp.any(x.lambda_b != 0) for x in leaves) else "lambda_b is 0"
+    ones = kind == "ia3" and all(bool(jnp.all(x == 1)) for x in jax.tree.leaves(tree))
+    return "its factors are one" if ones else ""
 
 
 def write_merged(
@@ -360,29 +370,6 @@ def generation_config(base: Base) -> dict[str, Any]:
     if ids:
         config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     return config
-
-
-def model_card(policy: Policy, facts: dict[str, str], library: str) -> str:
-    """A short card: what this is, from which base, which step, which weights."""
-    name = public_name(policy.base)
-    rows = {"base": name, "from": policy.label, **facts}
-    if policy.base.weights is not None:
-        rows["base weights"] = f"sha256 {policy.base.hash}"
-    lines = [
-        "---",
-        f"base_model: {json.dumps(name)}",
-        f"library_name: {library}",
-        "pipeline_tag: text-generation",
-        "tags: [ftjax]",
-        "---",
-        "",
-        f"# {'An adapter' if library == 'peft' else 'A language model'}",
-        "",
-        "Written by `ftjax.export`.",
-        "",
-        *(f"- {key}: {value}" for key, value in rows.items()),
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

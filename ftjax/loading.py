@@ -32,6 +32,7 @@ from ftjax.checkpoints.state import Checkpoints
 from ftjax.data.tokenizer import FILES as TOKENIZER_FILES
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError, require_regular
+from ftjax.methods.freeze import trained_names
 from ftjax.methods.lora import LoraPlan
 from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
 from ftjax.methods.virtual import virtual_count
@@ -107,6 +108,7 @@ class Policy:
       adapters: those that were read for the base, by name.
       frozen: the base alone, where it is whole beside what was trained; else None.
       task: of the run.
+      saved: published names of weights of the base that were trained with an adapter.
     """
 
     base: Base
@@ -120,6 +122,7 @@ class Policy:
     adapters: Known = field(default_factory=dict)
     frozen: PyTree | None = None
     task: str = "sft"
+    saved: frozenset[str] = frozenset()
 
 
 def open_base(
@@ -313,6 +316,7 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         bool(meta.get("chat")),
         frozen=frozen if method.frozen_is_base else None,
         task=task,
+        saved=trained_names(method, base.spec),
     )
 
 
@@ -333,7 +337,7 @@ def _open_model(
     check = partial(check_adapter, base, note)
     chosen = read_adapters(*adapters, model=decoder, check=check)
     frozen = load_base(base, dtype, mesh, note=note)
-    variables = frozen | chosen.variables(mesh)
+    variables = chosen.over(frozen, base.spec, mesh)
     label = f"{chosen.label} on {base.name}" if chosen.label else f"model {base.name}"
     most = base.spec.max_positions
     most -= chosen.adapter.virtual if chosen.adapter else 0
@@ -346,6 +350,7 @@ def _open_model(
         most,
         adapters=chosen.known,
         frozen=frozen,
+        saved=frozenset(chosen.adapter.saved if chosen.adapter else ()),
     )
 
 

@@ -43,13 +43,7 @@ def with_adapter(
     Raises:
       UserError: as `open_policy`.
     """
-    if policy.step is not None and policy.plan is None:
-        raise UserError(
-            "an adapter belongs to the model that it was trained on",
-            where="/adapter",
-            got=f"{policy.label}, which has weights of its own",
-            fix="open the base: --model, or the workdir of a LoRA run",
-        )
+    _require_plain_base(policy)
     chosen = read_adapters(
         adapter,
         weights,
@@ -68,6 +62,24 @@ def with_adapter(
         step=None,
         adapters=chosen.known,
     )
+
+
+def _require_plain_base(policy: Policy) -> None:
+    """Another adapter needs the weights that it was trained on."""
+    if policy.step is not None and policy.plan is None:
+        raise UserError(
+            "an adapter belongs to the model that it was trained on",
+            where="/adapter",
+            got=f"{policy.label}, which has weights of its own",
+            fix="open the base: --model, or the workdir of a LoRA run",
+        )
+    if policy.saved:
+        raise UserError(
+            "another adapter would stand on weights that were trained with this one",
+            where="/adapter",
+            got=f"{policy.label}, which has its own {min(policy.saved)}",
+            fix="open the base with the other: --model, --adapter",
+        )
 
 
 def each_row_its_own(

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ftjax import cli, describe
 from ftjax.checkpoints.folder import replace_folder
-from ftjax.checkpoints.peft_others import adapter_kind, save_any
+from ftjax.checkpoints.peft_others import adapter_kind, save_any, why_unsaved
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.config import validate
 from ftjax.console import Progress, say
@@ -32,6 +32,7 @@ from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
 from ftjax.loading import Base, public_name
+from ftjax.methods.freeze import trained_names
 from ftjax.metrics import MetricLog
 from ftjax.models.proj import find_sites
 from ftjax.objectives.tasks import task_of
@@ -168,7 +169,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                         "the same command continues"
                     )
                 clock.restart()
-        finish(folder, base, shape, state, checkpoints)
+        finish(folder, base, shape, state, frozen, checkpoints)
         return describe.result(folder.path, steps, meta["chat"])
 
 
@@ -350,23 +351,29 @@ def finish(
     base: Base,
     shape: Shape,
     state: TrainState,
+    frozen: PyTree,
     checkpoints: Checkpoints,
 ) -> None:
     """Leaves the report, and the adapter of the best step, or of the last."""
     step = checkpoints.best() or checkpoints.latest()
-    alone = len(state.trained) == 1 and adapter_kind(state.trained)
-    if alone and step is not None:
+    saved, sites = trained_names(shape.method, base.spec), find_sites(shape.model)
+    reason = why_unsaved(state.trained, saved, sites)
+    if reason:
+        say(f"there is no adapter for others to load: {reason}")
+    elif adapter_kind(state.trained) and step is not None:
         trained = state.trained
         if step != int(state.step):
             like = {"trained": trained}
             trained = checkpoints.restore(step, like, partial=True)["trained"]
         save = partial(
             save_any,
-            variables=trained,
+            variables=join(frozen, trained),
             plan=shape.method.lora,
-            sites=find_sites(shape.model),
+            sites=sites,
             base_name=public_name(base),
             base_hash=checkpoints.meta(step)["base_hash"],
+            saved=saved,
+            spec=base.spec,
         )
         replace_folder(folder.path / "adapter", save)
     write_report(folder.path)

@@ -70,4 +70,11 @@ def _trained(base: Any, method: dict[str, Any], seed: int) -> Any:
     plan = plan_lora(find_sites(Decoder(base.spec)), SimpleNamespace(**method))
     lora = init_lora(plan, seed)
     is_delta = {"is_leaf": lambda leaf: hasattr(leaf, "dense")}
-    return {"lora": jax.tree.map(lambda d: d.replace(b=moved(d.b)), lora, **is_delta)}
+    beside = {}
+    if method.get("also_train"):
+        loaded = load_base(base, jnp.float32, make_mesh())
+        plan_of_it = plan_method(Decoder(base.spec), SimpleNamespace(**method))
+        params = plan_of_it.start(loaded, seed)[0]["params"]
+        beside = {"params": jax.tree.map(moved, params)}
+    lora = jax.tree.map(lambda d: d.replace(b=moved(d.b)), lora, **is_delta)
+    return {"lora": lora, **beside}

@@ -70,7 +70,7 @@ def test_an_adapter(run: Path, tiny_llama: Path, tmp_path: Path, call: Any) -> N
     }
 
 
-@pytest.mark.parametrize("method", ["ia3", "prompt", "prefix"])
+@pytest.mark.parametrize("method", ["ia3", "vera", "prompt", "prefix"])
 def test_other_adapters(
     method: str, tiny_llama: Path, tmp_path: Path, call: Any
 ) -> None:
@@ -82,7 +82,7 @@ def test_other_adapters(
     np.testing.assert_array_equal(again, wanted)
     assert np.abs(logits(model=str(tiny_llama)) - wanted).max() > 0.05
     flags = ("--to=merged", "--dtype=float32", f"--out={merged}")
-    if method == "ia3":
+    if method in ("ia3", "vera"):
         call(f"--workdir={run}", *flags)
         np.testing.assert_allclose(logits(model=str(merged)), wanted, atol=2e-5)
         return
@@ -90,6 +90,33 @@ def test_other_adapters(
     assert f"method={method}" in screen and "--to=peft" in screen
     sources = (f"--model={tiny_llama}", f"--adapter={out}")
     assert "does not fit into the weights" in call(*sources, *flags, code=2)["screen"]
+
+
+@pytest.mark.parametrize("pattern", ["lm_head,.*norm", r"layers\.1.*norm,q_proj"])
+def test_weights_beside_an_adapter(pattern: str, tmp_path: Path, call: Any) -> None:
+    base = make_tiny_checkpoint(tmp_path / "base")
+    values: dict[str, Any] = {"targets": "v_proj", "also_train": pattern}
+    run = make_run(tmp_path / "run", base, **values)
+    out, again = tmp_path / "adapter", tmp_path / "again"
+    call(f"--workdir={run}", "--to=peft", f"--out={out}")
+    wanted = logits(workdir=str(run))
+    source = (f"--model={base}", f"--adapter={out}")
+    np.testing.assert_array_equal(logits(model=str(base), adapter=str(out)), wanted)
+    call(*source, "--to=peft", f"--out={again}")
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    assert all((out / n).read_bytes() == (again / n).read_bytes() for n in names)
+    both = (f"--model={base}", f"--adapter={out},{again}", "--to=peft", "--out=x")
+    assert "use it alone" in call(*both, code=2)["screen"]
+
+
+def test_an_update_of_a_weight_that_is_trained_too(tmp_path: Path, call: Any) -> None:
+    base = make_tiny_checkpoint(tmp_path / "base")
+    values: dict[str, Any] = {"targets": "v_proj", "also_train": ".*v_proj"}
+    run = make_run(tmp_path / "run", base, **values)
+    out = f"--out={tmp_path / 'out'}"
+    screen = call(f"--workdir={run}", "--to=peft", out, code=2)["screen"]
+    assert "layers.0.self_attn.v_proj.weight is trained, and has an update" in screen
+    call(f"--workdir={run}", "--to=merged", out)
 
 
 @pytest.mark.parametrize("tied", [False, True])

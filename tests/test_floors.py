@@ -53,6 +53,7 @@ FLOORS = {
     "ftjax.check": 5,
     "ftjax.generate": 5,
     "ftjax.evaluate": 5,
+    "ftjax.card": 5,
     "ftjax.export": 5,
     "ftjax.quantize": 5,
     "ftjax.merged": 5,

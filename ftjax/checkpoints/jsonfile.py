@@ -25,8 +25,8 @@ def inside(folder: Path, name: str, *, named_by: str) -> Path:
         path = folder / name
         try:
             target = path.resolve()
-        except (OSError, RuntimeError):
-            target = Path()  # a loop of links leads nowhere
+        except (OSError, RuntimeError, ValueError):
+            target = Path()  # a loop of links, or no name that a file can have
         if target.is_relative_to(root) or target.parent == _blobs(root):
             return path
     raise UserError(

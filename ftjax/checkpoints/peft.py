@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as FilePath
@@ -181,28 +181,19 @@ def _number(value: float) -> float:
 
 
 def load_adapter(
-    folder: FilePath,
-    sites: Mapping[Path, Site],
-    config: Mapping[str, Any] | None = None,
-    tensors: Mapping[str, Tensor] | None = None,
+    folder: FilePath, sites: Mapping[Path, Site], others: Collection[str] = ()
 ) -> Adapter:
-    """Reads an adapter for a model with these sites.
-
-    Args:
-      folder: with its two files.
-      sites: of the model.
-      config: as `read_config` has it, where it was read before.
-      tensors: those that are to be looked at; all if None.
+    """Reads an adapter for a model with these sites, but not its tensors `others`.
 
     Raises:
       UserError: naming the file, the config key or the tensor, for whatever is missing,
         left over, of another shape, or not computed by ftjax.
     """
-    config = read_config(folder) if config is None else config
+    config = read_config(folder)
     where = folder / CONFIG
-    tensors = read_tensors(folder) if tensors is None else tensors
-    inside = [site for path, site in sites.items() if path[0] == "layers"]
-    layers = {name: site for site in inside for name in site_names(site)}
+    tensors = read_tensors(folder)
+    layers = named_layers(sites)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in others}
     rslora, dora = bool(config["use_rslora"]), bool(config["use_dora"])
     pairs = _pair(tensors, layers, folder, dora)
     check_targets(config, pairs, layers, where)
@@ -230,6 +221,12 @@ def load_adapter(
         str(config.get("base_model_name_or_path") or ""),
         read_metadata(folder / TENSORS).get(HASH_KEY),
     )
+
+
+def named_layers(sites: Mapping[Path, Site]) -> dict[str, Site]:
+    """The projections in the layers, by module name."""
+    inner = [site for path, site in sites.items() if path[0] == "layers"]
+    return {name: site for site in inner for name in site_names(site)}
 
 
 def is_zero(lora: Any) -> bool:

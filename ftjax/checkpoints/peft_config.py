@@ -9,6 +9,7 @@ from ftjax.checkpoints.jsonfile import inside, read_json
 from ftjax.errors import UserError
 
 CONFIG = "adapter_config.json"
+LARGEST = 1e30  # of a number; what is larger is soon infinite in 32 bits
 
 # Keys that change what an adapter computes -> the values that mean 'off'.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -76,10 +77,16 @@ def read_config(folder: Path) -> dict[str, Any]:
             if number
             else isinstance(value, type(usual))
         )
-        if not good or (key in ("r", "lora_alpha") and value <= 0):
+        if not good or not _in_range(key, value):
             raise refuse(where, key, value, f"such as {usual!r}")
         config[key] = value
     return config
+
+
+def _in_range(key: str, value: Any) -> bool:
+    if key == "lora_dropout":
+        return 0 <= value < 1
+    return key not in ("r", "lora_alpha") or 0 < value <= LARGEST
 
 
 def refuse(where: Path, key: str, value: Any, expected: str) -> UserError:
@@ -97,6 +104,8 @@ def targeted(targets: Any, name: str, where: Path) -> bool:
         return True
     if isinstance(targets, str):
         return _matches(targets, name, where)
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        raise refuse(where, "module names", targets, "a regex, or a list of names")
     return any(name == t or name.endswith(f".{t}") for t in targets)
 
 
@@ -116,13 +125,15 @@ def check_targets(
 ) -> None:
     """What the configuration targets must be what the tensors are for, as in PEFT."""
     targets = config.get("target_modules")
-    if targets is None:
-        raise refuse(where, "target_modules", None, "a list of module names")
+    if not isinstance(targets, str | list):
+        raise refuse(where, "target_modules", targets, "a list of module names")
     for target in [] if isinstance(targets, str) else targets:
         if not any(targeted([target], name, where) for name in layers):
             raise refuse(where, "target_modules", target, "projections in the layers")
     kept = config.get("layers_to_transform")
     kept = [kept] if isinstance(kept, int) else kept
+    if not isinstance(kept or [], list):
+        raise refuse(where, "layers_to_transform", kept, "a list of layers")
     wanted = {
         name
         for name in layers
@@ -148,8 +159,9 @@ def lookup(pattern: Mapping[str, Any], name: str, usual: Any, where: Path) -> An
     """The value of the first key that matches the end of the name, as in PEFT."""
     for key, value in pattern.items():
         if _matches(rf"(.*\.)?({key})", name, where):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise refuse(where, key, value, "a number")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value <= LARGEST:
+                raise refuse(where, key, value, "a positive number")
             return value
     return usual
 

@@ -141,20 +141,13 @@ def save_any(
     tensors, own = write(tree, sites)
     own |= saved_config(entries) | {"base_model_name_or_path": base_name}
     entries += [Entry(n, x.shape, partial(np.asarray, x)) for n, x in tensors.items()]
-    _write(folder, kind, entries, own, base_hash)
-
-
-def _write(
-    folder: FilePath,
-    kind: str,
-    entries: list[Entry],
-    own: Mapping[str, Any],
-    base_hash: str | None,
-) -> None:
-    """The two files of an adapter that is no LoRA."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"} | ({peft.HASH_KEY: base_hash} if base_hash else {})
+    _write_config(folder, kind, own)
     write_tensors(folder / peft.TENSORS, entries, np.dtype(np.float32), metadata)
+
+
+def _write_config(folder: FilePath, kind: str, own: Mapping[str, Any]) -> None:
     config = {
         "auto_mapping": None,
         "inference_mode": True,
@@ -238,10 +231,10 @@ def load_any(folder: FilePath, sites: Mapping[Path, Site], spec: ModelSpec) -> A
 def _load_lora(
     folder: FilePath, sites: Mapping[Path, Site], spec: ModelSpec
 ) -> Adapter:
-    config = read_config(folder)
-    tensors = peft.read_tensors(folder)
-    saved = take_saved(config, tensors, spec, folder)
-    found = peft.load_adapter(folder, sites, config, tensors)
+    config, tensors = read_config(folder), peft.read_tensors(folder)
+    left = dict(tensors)
+    saved = take_saved(config, left, spec, folder)
+    found = peft.load_adapter(folder, sites, tensors.keys() - left.keys())
     return Adapter(
         "lora", found.lora, found.plan, found.base_name, found.base_hash, saved
     )

@@ -119,7 +119,7 @@ def _require_tied(saved: Saved, where: FilePath) -> None:
 
 
 def with_saved(params: Any, saved: Saved, spec: ModelSpec, where: str) -> Any:
-    """`params` with these weights in place, in their dtypes and on their devices.
+    """`params` with these weights in their places, dtypes and devices.
 
     Raises:
       UserError: where a weight is quantized.

@@ -72,7 +72,7 @@ def vera_in(
         raise refuse(where, "vera_dropout", dropout, "at least 0, below 1")
     if A not in tensors or B not in tensors:
         raise UserError(
-            "the adapter leaves out its random matrices, which only torch draws again",
+            "the adapter has left out its random matrices: only torch draws them again",
             where=where.parent / peft.TENSORS,
             expected=f"{A} and {B}",
             got=f"save_projection={config.get('save_projection')!r}",
@@ -111,12 +111,7 @@ def _plan(
     where: FilePath,
 ) -> dict[Path, Target]:
     """What the tensors are for, which must be what the configuration targets."""
-    layers = {
-        name: site
-        for path, site in sites.items()
-        if path[0] == "layers"
-        for name in site_names(site)
-    }
+    layers = peft.named_layers(sites)
     end = ".vera_lambda_b"
     found = {key[len(peft.PREFIX) : -len(end)] for key in tensors if key.endswith(end)}
     found &= layers.keys()

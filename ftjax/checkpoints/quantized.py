@@ -111,7 +111,7 @@ def _agree(
     else:
         four = bool(config.get("load_in_4bit") or config.get("_load_in_4bit"))
         kind = config.get("bnb_4bit_quant_type", "fp4") if four else "int8"
-        good, wanted = names == {kind}, f"{kind} weights"
+        good, wanted = list(names) == [kind], f"{kind} weights"
         got = ", ".join(sorted(names)) or "floats only"
     if not good:
         raise UserError(

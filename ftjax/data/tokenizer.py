@@ -17,6 +17,7 @@ from ftjax.data.words import (
 )
 from ftjax.errors import UserError
 
+LARGEST = 2**31 - 1  # of an id
 PATH_KEYS = ("tokenizer_file", "vocab_file", "merges_file", "chat_template_file")
 FILES = (
     "tokenizer.json",
@@ -153,10 +154,19 @@ class Tokenizer:
         found = [] if self.eos_id is None else [self.eos_id]
         for name in ("generation_config.json", "config.json"):
             ids = _read_json(self.path / name).get("eos_token_id")
-            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            for i in ids:
+                if not isinstance(i, int) or isinstance(i, bool) or i > LARGEST:
+                    raise UserError(
+                        "what ends a text is no token id",
+                        where=f"{self.path / name}: eos_token_id",
+                        expected="an id, a list of ids, or null",
+                        got=clip(i, 100),
+                    )
+            found += ids
         if self.template is not None:
             found += self._end_of_turn()
-        return tuple(dict.fromkeys(i for i in found if isinstance(i, int)))
+        return tuple(dict.fromkeys(found))
 
     def _end_of_turn(self) -> list[int]:
         talk = [
@@ -283,6 +293,7 @@ def _template_source(hf: Any, folder: Path, chosen: str) -> tuple[str, str]:
     where = str(own if own.is_file() else folder / "tokenizer_config.json")
     source = hf.chat_template
     if isinstance(source, dict):
+        source = {str(name): text for name, text in source.items()}
         if "default" not in source:
             raise UserError(
                 "the tokenizer has several chat templates, but none is the default",
@@ -292,4 +303,21 @@ def _template_source(hf: Any, folder: Path, chosen: str) -> tuple[str, str]:
                 fix="name the file of one with data.chat_template",
             )
         source = source["default"]
-    return source or "", where
+    source = "" if source is None else source
+    if not isinstance(source, str) or not _encodes(source):
+        raise UserError(
+            "the chat template is no text",
+            where=where,
+            expected="a Jinja template, in UTF-8",
+            got=clip(repr(source), 100),
+            fix="name a file with data.chat_template",
+        )
+    return source, where
+
+
+def _encodes(text: str) -> bool:
+    """Whether it can be written to a file: JSON may hold half a surrogate pair."""
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False

@@ -1,7 +1,6 @@
 """Patterns over module names: `q_proj,v_proj`, `down_proj=8`; each must match."""
 
 import difflib
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -46,7 +45,7 @@ def pairs(text: str, key: str, kind: type) -> dict[str, Any]:
         try:
             found[pattern] = kind(value)
             number = kind is not str
-            bad = not equals or (number and not 0 < found[pattern] < math.inf)
+            bad = not equals or (number and not 0 < found[pattern] <= 1e30)
         except ValueError:
             bad = True
         if bad:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from ftjax.errors import UserError
 from ftjax.methods.parts import Method, Part, PyTree, Row
@@ -143,8 +143,8 @@ def _rows(plan: Mapping[Path, Target], rank: int) -> list[Row]:
 def _beside(base: PyTree, pair: Pair) -> Pair:
     """The pair on the devices of the base."""
     place = jax.tree.leaves(base)[0].sharding
-    if isinstance(place, NamedSharding):
-        return jax.device_put(pair, NamedSharding(place.mesh, PartitionSpec()))
+    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
+        return jax.device_put(pair, replicated(place.mesh))
     return pair
 
 

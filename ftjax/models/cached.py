@@ -20,6 +20,7 @@ from ftjax.models.spec import ModelSpec
 from ftjax.models.vera import PAIR, Vera, whole
 from ftjax.weights import Array, Delta, is_stack
 
+ADAPTERS = ("lora", "vera", "ia3", "prompt", "prefix")  # collections of PEFT's kinds
 Weights = dict[str, Any]  # 'layers': a list of variables; 'rest': those of the others
 Cache = list[dict[str, Array]]  # per layer 'k' and 'v': [B, K, S, H]
 _norms = jax.jit(Delta.norms)
@@ -64,10 +65,11 @@ def _updates(variables: Any) -> Any:
 def with_lora(weights: Weights, lora: Any) -> Weights:
     """The same weights with another update beside them; None: with none.
 
-    Of weights that were split `apart`: what was added to them stays added.
+    Of weights that were split `apart`: what was added to them stays added. Whatever
+    else an adapter had put there is gone.
     """
-    layers = [{k: v for k, v in w.items() if k != "lora"} for w in weights["layers"]]
-    rest = {k: v for k, v in weights["rest"].items() if k != "lora"}
+    layers = [_without_adapter(w) for w in weights["layers"]]
+    rest = _without_adapter(weights["rest"])
     if lora is not None:
         stack, rest["lora"] = _split(lora)
         for i, layer in enumerate(layers):
@@ -88,6 +90,10 @@ def _with_norms(layer: Any) -> Any:
         return replace(update, n=_norms(update, w))
 
     return {**layer, "lora": known(layer["lora"], ())} if "lora" in layer else layer
+
+
+def _without_adapter(variables: Any) -> Any:
+    return {name: tree for name, tree in variables.items() if name not in ADAPTERS}
 
 
 def _split(tree: Any) -> tuple[Any, Any]:

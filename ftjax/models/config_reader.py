@@ -4,7 +4,6 @@ Whatever changes the maths must be read by a family or refused by name; the keys
 nobody read are what `registry` looks at last.
 """
 
-import math
 import sys
 from typing import Any, NoReturn
 
@@ -91,6 +90,7 @@ def refuse_value(
 def finite(value: Any, above: float, refuse: Any) -> float:
     """`value` as a float, or `refuse(what is wanted)` where it is not one."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not above < value <= 1e30:
+    # The order matters: an integer may be too large to be a float.
+    if not number or not above < value <= 1e30:
         refuse(f"a number above {above:g}")
     return float(value)

@@ -41,6 +41,10 @@ def test_an_unknown_flag() -> None:
         ("method.rank=0", ("config.method.rank", "1 or more", "0")),
         ("method.alpha=0", ("config.method.alpha", "a positive number", "0")),
         ("method.dropout=1.5", ("config.method.dropout", "below 1", "1.5")),
+        (f"train.batch_size={10**30}", ("1 or more, at most 2,147,483,647",)),
+        (f"seed={10**30}", ("config.seed", "at most 2,147,483,647")),
+        (f"method.rank={10**30}", ("config.method.rank", "at most 2,147,483,647")),
+        ("optim.lr=1e300", ("config.optim.lr", "at most 1e+30", "1e+300")),
         (
             "train.epochs=1",
             ("given twice", "config.train.steps, config.train.epochs", "steps=2"),

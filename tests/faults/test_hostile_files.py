@@ -3,9 +3,12 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ftjax.errors import UserError
+from ftjax.loading import open_base
 from tests.faults.commands import check, copy_model, edit_json, write_rows
 
 
@@ -43,6 +46,58 @@ def test_a_tokenizer_that_brings_its_library_down(
     edit_json(model / "tokenizer.json", normalizer=charsmap)
     result = check(model, pairs)
     assert result.code == 2 and "Traceback" not in result.err, result.err
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "part"),
+    [
+        ("config.json", "rope_theta", 10**400, "config.json: rope_theta"),
+        (
+            "config.json",
+            "rope_scaling",
+            {"rope_type": "linear", "factor": 10**400},
+            "config.json: rope_scaling.factor",
+        ),
+        ("config.json", "rms_norm_eps", 10**400, "config.json: rms_norm_eps"),
+        ("generation_config.json", "eos_token_id", 10**30, "eos_token_id"),
+        ("tokenizer_config.json", "chat_template", 5, "chat template is no text"),
+        ("tokenizer_config.json", "chat_template", [["x"]], "tokenizer cannot be read"),
+        (
+            "tokenizer_config.json",
+            "chat_template",
+            [{"name": "default", "template": [5]}],
+            "chat template is no text",
+        ),
+        (
+            "tokenizer_config.json",
+            "chat_template",
+            [{"name": 5, "template": "x"}],
+            "none is the default",
+        ),
+        ("tokenizer_config.json", "chat_template", "\ud800", "in UTF-8"),
+    ],
+    ids=str,
+)
+def test_values_of_odd_types(
+    file: str, key: str, value: Any, part: str, tiny: Path, tmp_path: Path
+) -> None:
+    model = copy_model(tiny, tmp_path / "model")
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    edit_json(model / file, **{key: value})
+    with pytest.raises(UserError) as error:
+        open_base(str(model))
+    assert part in error.value.screen()
+
+
+def test_a_weight_file_with_half_a_character_in_its_name(
+    tiny: Path, tmp_path: Path
+) -> None:
+    model = copy_model(tiny, tmp_path / "model")
+    (model / "model.safetensors").rename(model / "a.safetensors")
+    index = {"weight_map": {"model.norm.weight": "a\ud800.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="leads out of the model's folder"):
+        open_base(str(model))
 
 
 def test_numbers_that_do_not_fit(tiny: Path, tmp_path: Path) -> None:

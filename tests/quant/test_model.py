@@ -26,6 +26,7 @@ from ftjax.quant.formats import Format
 from ftjax.quant.qtensor import quantize
 from ftjax.rollout import Generator
 from ftjax.sharding import make_mesh, shard_tree
+from ftjax.weights import join
 from tests.models_small import SPEC, moved, nll, small_batch, small_lora, small_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -248,19 +249,20 @@ def test_a_policy_says_which_weights_are_quantized() -> None:
     assert plan_quant(sites, quant_config(format="none")) == {}
 
 
-@pytest.mark.parametrize("name", ["ia3", "prompt", "prefix"])
+@pytest.mark.parametrize("name", ["ia3", "vera", "prompt", "prefix"])
 def test_other_methods_train_and_generate_beside_codes(name: str) -> None:
     """Gradients are those of the dense weights, and so is the cache's answer."""
     model, params = small_model()
     base = quantized(model, params, group=32)
     dense = {"params": dequantize(base["params"], base["quant"])}
     method = plan_method(model, method_config(name))
-    trained = jax.tree.map(moved, method.start(base, 0)[0])
+    trained, frozen = method.start(base, 0)
+    trained = jax.tree.map(moved, trained)
 
-    def grads(frozen: Any) -> Any:
-        key = jax.random.key(0)
+    def grads(base: Any) -> Any:
+        key, rest = jax.random.key(0), method.rest(base)
         return jax.jit(
-            jax.grad(lambda t: nll(model, {**frozen, **t}, small_batch(), key))
+            jax.grad(lambda t: nll(model, join(rest, t), small_batch(), key))
         )(trained)
 
     jax.tree.map(
@@ -268,7 +270,7 @@ def test_other_methods_train_and_generate_beside_codes(name: str) -> None:
         grads(base),
         grads(dense),
     )
-    variables = {**base, **trained}
+    variables = join(frozen, trained)
     tokens, zero = jnp.asarray([[5, 6, 7, 8]]), jnp.zeros((), jnp.int32)
     row = (tokens, jnp.arange(4)[None], jnp.ones_like(tokens))
     weights = split_layers(variables, jnp.float32)
