@@ -41,7 +41,8 @@ def two(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
     def call(command: Any, *argv: str, code: int = 0) -> dict[str, Any]:
-        got = cli.run(command.main, [*argv, "--json"], command.define)
+        config = command is evaluate
+        got = cli.run(command.main, [*argv, "--json"], command.define, config=config)
         out, err = capsys.readouterr()
         assert got == code, err
         return json.loads(out) if code == 0 else {"screen": err}

@@ -19,7 +19,7 @@ TEXTS = ["the thing in the end", "on", "a re er on the the in", "thing " * 40]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Any:
     def run(*argv: str, code: int = 0) -> dict[str, Any]:
-        got = cli.run(evaluate.main, [*argv, "--json"], evaluate.define)
+        got = cli.run(evaluate.main, [*argv, "--json"], evaluate.define, config=True)
         out, err = capsys.readouterr()
         assert got == code, err
         return json.loads(out) if code == 0 else {"screen": err}

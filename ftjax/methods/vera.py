@@ -20,6 +20,7 @@ from ftjax.methods.streams import stream
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import HEAD, Path, Site, put, site_names
 from ftjax.models.vera import PAIR, Pair, Vera
+from ftjax.sharding import replicated
 
 LARGEST = 2**16  # of the rank: what is drawn must fit into memory
 
