@@ -44,13 +44,13 @@ def _train(request: Request) -> Step:
     import jax
 
     from configs import sft
+    from ftjax.loop import compile_step, on_mesh
     from ftjax.methods.method import plan_method
     from ftjax.models.decoder import Decoder
     from ftjax.objectives.causal import causal
     from ftjax.optim import make_optimizer
     from ftjax.sharding import batch_sharding, make_mesh, put_batch
     from ftjax.step import init_state
-    from ftjax.train import compile_step, on_mesh
 
     config = sft.get_config(f"method={request.task}")
     config.optim.lr = request.learning_rate

@@ -11,16 +11,10 @@ from ftjax import runtime
 if __name__ == "__main__":
     runtime.prepare()  # before the imports that take time: it may start over
 
-import math
-import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
-from jax.sharding import Mesh, NamedSharding
 
 from ftjax import cli, describe
 from ftjax.checkpoints.folder import replace_folder
@@ -32,23 +26,22 @@ from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
 from ftjax.loading import Base, public_name
+from ftjax.loop import Clock, compile_step, on_mesh, run_steps, stored_rows
 from ftjax.methods.freeze import trained_names
 from ftjax.metrics import MetricLog
 from ftjax.models.proj import find_sites
 from ftjax.objectives.tasks import task_of
 from ftjax.optim import make_optimizer, make_schedule
-from ftjax.prepare import Data, Prepared, Shape, load_variables, prepare
+from ftjax.prepare import Prepared, Shape, load_variables, prepare
 from ftjax.reference import add_reference
 from ftjax.report import write_report
 from ftjax.rollout import Generator
-from ftjax.sharding import batch_sharding, put_batch, replicated
+from ftjax.sharding import batch_sharding
 from ftjax.signals import StopRequest
 from ftjax.step import (
     Objective,
     TrainState,
-    compile_lean,
     init_state,
-    make_train_step,
 )
 from ftjax.weights import join
 from ftjax.workdir import Workdir, compare_values
@@ -137,9 +130,9 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                 look.sample(0, state.trained)
                 meta["best"] = look.evaluate(0, state.trained)
             clock = Clock(steps - first, meta["seconds"])
-            batches = micro_batches(data, config, first, steps)
+            source = stored_rows(data.loader, c.batch_size, c.accumulate)
             for step, values, now in run_steps(
-                step_fn, state, frozen, batches, mesh, pause
+                step_fn, state, frozen, source, steps, mesh, pause
             ):
                 meta["tokens"] += int(values.pop("weight"))
                 speed = clock.tick(values.pop("row_tokens"))
@@ -216,104 +209,6 @@ class Look:
         shown = task_of(self.task).shown
         self.progress.note(describe.evaluation(step, found, shown))
         return found["loss"]
-
-
-def compile_step(objective: Objective, tx: Any, state: TrainState) -> Any:
-    """The jitted step; the state is given up to it, and keeps its shardings."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = make_train_step(objective, tx)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return compile_lean(jitted)
-
-
-def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:
-    """Replicates what has no place on the mesh yet: counters and keys."""
-
-    def place(leaf: jax.Array) -> jax.Array:
-        known = isinstance(leaf.sharding, NamedSharding)
-        return leaf if known else jax.device_put(leaf, replicated(mesh))
-
-    return jax.tree.map(place, state)
-
-
-def micro_batches(
-    data: Data, config: Any, first: int, steps: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """The batch of each step, leaves [k, rows, T]: a function of the step alone."""
-    rows, k = config.train.batch_size, config.train.accumulate
-    for step in range(first, steps):
-        batch = data.loader.batch(step * rows, rows)
-        yield {n: x.reshape(k, rows // k, *x.shape[1:]) for n, x in batch.items()}
-
-
-def run_steps(
-    step_fn: Any,
-    state: TrainState,
-    frozen: PyTree,
-    batches: Iterator[dict[str, np.ndarray]],
-    mesh: Mesh,
-    pause: Callable[[int], bool],
-) -> Iterator[tuple[int, dict[str, Any], TrainState | None]]:
-    """(step, values, state) of each step; the state only where `pause(step)`.
-
-    Elsewhere a step's values are read after the next one has been sent off, so that
-    the device never waits for the host.
-    """
-    step = int(state.step)
-    sharding = batch_sharding(mesh, leading=1)
-    waiting: dict[str, Any] | None = None
-    for batch in batches:
-        row_tokens = int((batch["segments"] > 0).sum())
-        state, metrics = step_fn(state, frozen, put_batch(batch, sharding))
-        if waiting:
-            yield step, to_host(waiting), None
-        step += 1
-        waiting = {**metrics, "row_tokens": row_tokens}
-        if pause(step):
-            yield step, to_host(waiting), state
-            waiting = None
-
-
-def to_host(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics as Python numbers; waits for them."""
-    found = {name: np.asarray(value).item() for name, value in metrics.items()}
-    # A metric that no row of the step says anything about is not one.
-    always = ("loss", "grad_norm")
-    return {k: x for k, x in found.items() if k in always or not math.isnan(x)}
-
-
-class Clock:
-    """Speed and time left, from the steps alone: not compiling, evaluating, saving."""
-
-    def __init__(self, steps: int, before: float = 0.0):
-        """`steps` are to come; `before` seconds were spent before a resume."""
-        self.steps, self.done, self.spent = steps, 0, 0.0
-        self.last = time.monotonic()
-        self.began = self.last - before
-
-    def tick(self, tokens: int) -> float:
-        """Tokens per second of the step that has just ended."""
-        now = time.monotonic()
-        took, self.last = max(now - self.last, 1e-9), now
-        self.done += 1
-        if self.done > 1:  # the first step compiles
-            self.spent += took
-        return tokens / took
-
-    def restart(self) -> None:
-        """Begins the next step's time now."""
-        self.last = time.monotonic()
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    @property
-    def left(self) -> float | None:
-        """Seconds that the remaining steps will take; None until one was timed."""
-        if self.done < 2:
-            return None
-        return (self.steps - self.done) * self.spent / (self.done - 1)
 
 
 def resume_point(checkpoints: Checkpoints, identity: dict[str, Any]) -> int:

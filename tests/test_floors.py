@@ -43,6 +43,7 @@ FLOORS = {
     "ftjax.cli": 4,
     "ftjax.describe": 4,
     "ftjax.loading": 4,
+    "ftjax.loop": 4,
     "ftjax.memory": 4,
     "ftjax.prepare": 4,
     "ftjax.reference": 4,

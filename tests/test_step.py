@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax.loop import compile_step, on_mesh
 from ftjax.losses.sums import Sums
 from ftjax.methods.lora import lora_axes
 from ftjax.models.decoder import Decoder, hidden_and_head
@@ -15,7 +16,6 @@ from ftjax.objectives.causal import causal
 from ftjax.optim import make_optimizer
 from ftjax.sharding import batch_sharding, make_mesh, put_batch, shard_tree
 from ftjax.step import Objective, init_state, make_train_step, sum_micro_batches
-from ftjax.train import compile_step, on_mesh
 from tests.models_small import (
     SPEC,
     micro,

@@ -10,6 +10,7 @@ import pytest
 
 from configs.common import method_config
 from ftjax.errors import UserError
+from ftjax.loop import compile_step, on_mesh
 from ftjax.methods.method import plan_method
 from ftjax.methods.parts import Method
 from ftjax.models.cached import cached_logits, init_cache, split_layers
@@ -19,7 +20,6 @@ from ftjax.objectives.causal import causal
 from ftjax.optim import make_optimizer
 from ftjax.sharding import batch_sharding, make_mesh, put_batch, shard_tree
 from ftjax.step import init_state, make_train_step
-from ftjax.train import compile_step, on_mesh
 from ftjax.weights import join
 from tests.models_small import SPEC, micro, nll, optim_config, small_batch, small_model
 

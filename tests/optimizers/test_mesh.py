@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax.loop import compile_step, on_mesh
 from ftjax.losses.sums import Sums
 from ftjax.memory import estimate
 from ftjax.methods.lora import lora_axes
@@ -20,7 +21,6 @@ from ftjax.optimizers.settings import NAMES
 from ftjax.prepare import Shape
 from ftjax.sharding import batch_sharding, make_mesh, put_batch, shard_tree
 from ftjax.step import Objective, init_state, make_train_step
-from ftjax.train import compile_step, on_mesh
 from tests.models_small import (
     SPEC,
     lora_config,

@@ -1,0 +1,125 @@
+"""Runs steps: batches in, metrics out, the device never waiting for the host."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from ftjax.data.loader import Batch, Loader
+from ftjax.sharding import batch_sharding, put_batch, replicated
+from ftjax.step import Objective, TrainState, compile_lean, make_train_step
+
+PyTree = Any
+# (step, the state before it) -> its batch, leaves [k, rows, ...], k micro-batches
+Source = Callable[[int, TrainState], Batch]
+
+
+def stored_rows(loader: Loader, rows: int, k: int) -> Source:
+    """The batches of a data set: a function of the step alone.
+
+    Args:
+      loader: of the rows.
+      rows: of an optimizer step.
+      k: micro-batches that it is cut into.
+    """
+
+    def batch(step: int, state: TrainState) -> Batch:
+        del state
+        whole = loader.batch(step * rows, rows)
+        return {n: x.reshape(k, rows // k, *x.shape[1:]) for n, x in whole.items()}
+
+    return batch
+
+
+def run_steps(
+    step_fn: Any,
+    state: TrainState,
+    frozen: PyTree,
+    source: Source,
+    steps: int,
+    mesh: Mesh,
+    pause: Callable[[int], bool],
+) -> Iterator[tuple[int, dict[str, Any], TrainState | None]]:
+    """(step, values, state) of each step; the state only where `pause(step)`.
+
+    Elsewhere a step's values are read after the next one has been sent off, so that
+    the device never waits for the host.
+    """
+    step = int(state.step)
+    sharding = batch_sharding(mesh, leading=1)
+    waiting: dict[str, Any] | None = None
+    while step < steps:
+        batch = source(step, state)
+        row_tokens = int((batch["segments"] > 0).sum())
+        state, metrics = step_fn(state, frozen, put_batch(batch, sharding))
+        if waiting:
+            yield step, to_host(waiting), None
+        step += 1
+        waiting = {**metrics, "row_tokens": row_tokens}
+        if pause(step):
+            yield step, to_host(waiting), state
+            waiting = None
+
+
+def compile_step(objective: Objective, tx: Any, state: TrainState) -> Any:
+    """The jitted step; the state is given up to it, and keeps its shardings."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_train_step(objective, tx)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return compile_lean(jitted)
+
+
+def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:
+    """Replicates what has no place on the mesh yet: counters and keys."""
+
+    def place(leaf: jax.Array) -> jax.Array:
+        known = isinstance(leaf.sharding, NamedSharding)
+        return leaf if known else jax.device_put(leaf, replicated(mesh))
+
+    return jax.tree.map(place, state)
+
+
+def to_host(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics as Python numbers; waits for them."""
+    found = {name: np.asarray(value).item() for name, value in metrics.items()}
+    # A metric that no row of the step says anything about is not one.
+    always = ("loss", "grad_norm")
+    return {k: x for k, x in found.items() if k in always or not math.isnan(x)}
+
+
+class Clock:
+    """Speed and time left, from the steps alone: not compiling, evaluating, saving."""
+
+    def __init__(self, steps: int, before: float = 0.0):
+        """`steps` are to come; `before` seconds were spent before a resume."""
+        self.steps, self.done, self.spent = steps, 0, 0.0
+        self.last = time.monotonic()
+        self.began = self.last - before
+
+    def tick(self, tokens: int) -> float:
+        """Tokens per second of the step that has just ended."""
+        now = time.monotonic()
+        took, self.last = max(now - self.last, 1e-9), now
+        self.done += 1
+        if self.done > 1:  # the first step compiles
+            self.spent += took
+        return tokens / took
+
+    def restart(self) -> None:
+        """Begins the next step's time now."""
+        self.last = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that the remaining steps will take; None until one was timed."""
+        if self.done < 2:
+            return None
+        return (self.steps - self.done) * self.spent / (self.done - 1)
