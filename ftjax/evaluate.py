@@ -13,6 +13,7 @@ what a reward model thinks of each row.
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +32,9 @@ from ftjax.errors import UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.scores import score_rows
 from ftjax.loading import Base, Policy, load_base, open_policy
+from ftjax.objectives.distill import TEACHER
 from ftjax.objectives.tasks import task_of
-from ftjax.reference import open_reference, put_reference, reference_sums
+from ftjax.reference import open_other, put_reference, reference_sums
 from ftjax.run_folder import read_run_config
 from ftjax.sharding import batch_sharding, make_mesh
 
@@ -134,10 +136,16 @@ def measure(
     frozen: Any = {}
     if what.head and what.head not in policy.variables:
         raise _no_head(policy, what.head)
-    if what.reference:
-        frozen = _reference(policy, loader, loss, mesh, rows)
+    objective = what.make(policy.model, loss)
+    if what.reference is not None:
+        frozen = _reference(what.reference, policy, loader, loss, mesh, rows)
+    if what.guided is not None:
+        other = open_other(loss.teacher, policy.base, "config.loss.teacher")
+        frozen = {TEACHER: load_base(other, jnp.float32, mesh)}
+        teacher = policy.model.clone(spec=other.spec)
+        objective = what.guided(policy.model, teacher, loss)
     found = evaluate(
-        make_sum_batch(what.make(policy.model, loss)),
+        make_sum_batch(objective),
         policy.variables,
         frozen,
         loader.epoch(rows),
@@ -146,16 +154,18 @@ def measure(
     return found, loader.dataset.report
 
 
-def _reference(policy: Policy, loader: Loader, loss: Any, mesh: Mesh, rows: int) -> Any:
+def _reference(
+    reference: Any, policy: Policy, loader: Loader, loss: Any, mesh: Mesh, rows: int
+) -> Any:
     """The base's variables; of another reference, its numbers go into the data."""
     if loss.reference == "base":
         if policy.frozen is not None:
             return policy.frozen
         return load_base(policy.base, jnp.float32, mesh)
-    other = open_reference(loss.reference, policy.base)
-    model = policy.model.clone(spec=other.spec)
+    other = open_other(loss.reference, policy.base, "config.loss.reference")
+    say_of = partial(reference, policy.model.clone(spec=other.spec))
     weights = load_base(other, jnp.float32, mesh)
-    put_reference(loader, reference_sums(model, weights, loader, loss, mesh, rows))
+    put_reference(loader, reference_sums(say_of, weights, loader, loss, mesh, rows))
     return {}
 
 

@@ -33,7 +33,7 @@ from ftjax.models.proj import find_sites
 from ftjax.objectives.tasks import task_of
 from ftjax.optim import make_optimizer, make_schedule
 from ftjax.prepare import Prepared, Shape, load_variables, prepare
-from ftjax.reference import add_reference
+from ftjax.reference import add_reference, make_objective
 from ftjax.report import write_report
 from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding
@@ -106,7 +106,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             state = checkpoints.restore(first, state)
             done = first >= steps
             say(f"{'done already:' if done else 'continuing after'} step {first}")
-        objective = task_of(config.task).make(shape.model, config.loss)
+        objective, frozen = make_objective(config, ready, frozen)
         step_fn = compile_step(objective, tx, state)
         rate = make_schedule(config.optim, steps)
 

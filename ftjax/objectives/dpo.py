@@ -37,6 +37,7 @@ def dpo(model: Decoder, config: Any) -> Objective:
     """
     mixture = mixture_of(config.type, config.type_weights)
     check_divergence(mixture, config.divergence)
+    check_smoothing(mixture, config.label_smoothing)
     options = Options(
         beta=config.beta,
         label_smoothing=config.label_smoothing,
@@ -50,8 +51,8 @@ def dpo(model: Decoder, config: Any) -> Objective:
         if REFERENCE[0] in batch:
             reference = batch[REFERENCE[0]], batch[REFERENCE[1]]
         else:
-            base = rows.logps(model, frozen, batch, config.chunk)
-            reference = jax.lax.stop_gradient(sums_of(base, batch, config.ld_alpha))
+            base = pair_logps(model, frozen, batch, config)
+            reference = jax.lax.stop_gradient((base[..., 0], base[..., 1]))
         own = sums_of(tokens, batch, config.ld_alpha)
         pairs = Pairs(*own, *reference, *rows.pair_sums(batch["weights"], batch))
         terms = {"preference": jnp.zeros((), jnp.float32)}
@@ -69,6 +70,12 @@ def dpo(model: Decoder, config: Any) -> Objective:
     if SFT in mixture:
         over[SFT] = rows.chosen_weights
     return Objective(loss, over)
+
+
+def pair_logps(model: Decoder, variables: PyTree, batch: PyTree, config: Any) -> Array:
+    """log p of the chosen and the rejected of each pair: [B, U, 2]."""
+    tokens = rows.logps(model, variables, batch, config.chunk)
+    return jnp.stack(sums_of(tokens, batch, config.ld_alpha), axis=-1)
 
 
 def sums_of(tokens: TokenLogps, batch: PyTree, ld_alpha: float) -> tuple[Array, Array]:
@@ -120,6 +127,18 @@ def mixture_of(types: str, weights: str) -> dict[str, float]:
             got=f"type={types} type_weights={weights}",
         )
     return dict(zip(names, numbers, strict=True))
+
+
+def check_smoothing(mixture: dict[str, float], eps: float) -> None:
+    """exo_pair divides by the smoothing, robust by 1 - 2 eps."""
+    wrong = ("exo_pair" in mixture and eps == 0) or ("robust" in mixture and eps >= 0.5)
+    if wrong:
+        raise UserError(
+            "this loss is not defined for this label smoothing",
+            where="config.loss.type, config.loss.label_smoothing",
+            expected="above 0 for exo_pair (such as 1e-3), below 0.5 for robust",
+            got=f"type={','.join(mixture)}, label_smoothing={eps}",
+        )
 
 
 def check_divergence(mixture: dict[str, float], divergence: str) -> None:

@@ -13,10 +13,16 @@ from ftjax.methods.method import plan_method
 from ftjax.methods.parts import Method
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.causal import causal
-from ftjax.objectives.dpo import dpo
+from ftjax.objectives.cpo import cpo
+from ftjax.objectives.distill import distilled
+from ftjax.objectives.dpo import dpo, pair_logps
+from ftjax.objectives.kto import rated, rated_logps
 from ftjax.objectives.orpo import orpo
 from ftjax.objectives.reward import HEAD, reward_model
 from ftjax.step import Objective
+from ftjax.weights import Array
+
+PyTree = Any
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,9 @@ class Task:
     Attributes:
       make: (model, `config.loss`) -> the objective.
       reads: the kind of rows; see `data.groups`.
-      reference: it compares with a reference model.
+      reference: (model, variables, batch, `config.loss`) -> what a reference model says
+        of each group, float32 [B, U, 2]; None where the objective needs none.
+      guided: in place of `make`, where there is a teacher: its model is the second.
       head: the collection of a scalar head that it trains, if it does.
       ends: rows hold the last token of a sequence too, where a head reads it.
       shown: metrics that tell most, for people.
@@ -34,7 +42,8 @@ class Task:
 
     make: Callable[[Decoder, Any], Objective]
     reads: str = "answers"
-    reference: bool = False
+    reference: Callable[[Decoder, PyTree, PyTree, Any], Array] | None = None
+    guided: Callable[[Decoder, Decoder, Any], Objective] | None = None
     head: str = ""
     ends: bool = False
     shown: tuple[str, ...] = ()
@@ -57,8 +66,12 @@ TASKS: dict[str, Task] = {
         ends=True,
         shown=("accuracy_fair", "margin"),
     ),
-    "dpo": Task(dpo, "pairs", reference=True, shown=PREFERENCE),
+    "dpo": Task(dpo, "pairs", reference=pair_logps, shown=PREFERENCE),
     "orpo": Task(orpo, "mixed", shown=("nll", *PREFERENCE)),
+    "kto": Task(rated, "rated", reference=rated_logps, shown=("kl", "rewards/chosen")),
+    "cpo": Task(cpo, "pairs", shown=("nll", *PREFERENCE)),
+    "simpo": Task(cpo, "pairs", shown=PREFERENCE),
+    "distill": Task(_causal, guided=distilled, shown=("nll", "token_accuracy")),
 }
 
 
