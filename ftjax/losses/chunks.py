@@ -4,7 +4,9 @@ Positions without weight are moved to the end of each row, where no walk reaches
 chunk is `[B, C, ...]`, the same span of every row.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,49 @@ def head_logits(hidden_BCD: Array, matrix_DV: Array) -> Array:
     return jnp.einsum(
         "BCD,DV->BCV", hidden_BCD, matrix_DV, preferred_element_type=jnp.float32
     )
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are: no leaf, so that it is known when tracing."""
+
+    to_hidden: bool
+    to_head: bool
+
+
+def gradients(
+    hidden_BTD: Array,
+    head_DV: Array,
+    order: Order,
+    chunk: int,
+    wanted: Wanted,
+    error: Callable[[Array], Array],
+) -> tuple[Array | None, Array | None]:
+    """The gradients of hidden states and head that are wanted, by a walk.
+
+    `error(i)` makes the gradient of the logits of chunk i, [B, C, V] float32.
+    """
+    rows = arrange(hidden_BTD, order, chunk)
+    matrix = head_DV.astype(rows.dtype)
+
+    def body(i: Array, carry: Any) -> Any:
+        dhidden, dhead = carry
+        error_BCV = error(i).astype(rows.dtype)
+        if wanted.to_hidden:
+            dhidden = paste(dhidden, jnp.einsum("BCV,DV->BCD", error_BCV, matrix), i)
+        if wanted.to_head:
+            dhead = dhead + head_gradient(cut(rows, i, chunk), error_BCV)
+        return dhidden, dhead
+
+    start = (
+        jnp.zeros_like(rows) if wanted.to_hidden else None,
+        jnp.zeros(head_DV.shape, jnp.float32) if wanted.to_head else None,
+    )
+    dhidden, dhead = jax.lax.fori_loop(0, order.chunks, body, start)
+    dhidden = reorder(dhidden, order.back_BT) if wanted.to_hidden else None
+    dhead = dhead.astype(head_DV.dtype) if wanted.to_head else None
+    return dhidden, dhead
 
 
 def head_gradient(hidden_BCD: Array, error_BCV: Array) -> Array:

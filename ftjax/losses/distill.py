@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from ftjax.losses.chunks import (
+    Wanted,
     arrange,
     cut,
-    head_gradient,
+    gradients,
     head_logits,
     paste,
     reorder,
     weighted_first,
 )
 from ftjax.losses.pairs import Scalar
-from ftjax.losses.token_logps import Wanted
 from ftjax.weights import Array
 
 
@@ -148,26 +148,13 @@ def _backward(chunk: int, divergence: str, saved: Any, cotangents: Any) -> Any:
     hidden, head, weights = inputs.hidden, inputs.head, inputs.weights
     chunk, order, parts = _walk(chunk, divergence, inputs)
     g_BT = jnp.where(weights != 0, cotangents[0] / inputs.temperature, 0)
-    g_BP, rows = arrange(g_BT, order, chunk), arrange(hidden, order, chunk)
-    matrix = head.astype(hidden.dtype)
+    g_BP = arrange(g_BT, order, chunk)
 
-    def body(i: Array, carry: Any) -> Any:
-        dhidden, dhead = carry
+    def error(i: Array) -> Array:
         _, (_, slope) = parts(i)
-        error = (cut(g_BP, i, chunk)[..., None] * slope).astype(hidden.dtype)
-        if wanted.to_hidden:
-            dhidden = paste(dhidden, jnp.einsum("BCV,DV->BCD", error, matrix), i)
-        if wanted.to_head:
-            dhead = dhead + head_gradient(cut(rows, i, chunk), error)
-        return dhidden, dhead
+        return cut(g_BP, i, chunk)[..., None] * slope
 
-    start = (
-        jnp.zeros_like(rows) if wanted.to_hidden else None,
-        jnp.zeros(head.shape, jnp.float32) if wanted.to_head else None,
-    )
-    dhidden, dhead = jax.lax.fori_loop(0, order.chunks, body, start)
-    dhidden = reorder(dhidden, order.back_BT) if wanted.to_hidden else None
-    dhead = dhead.astype(head.dtype) if wanted.to_head else None
+    dhidden, dhead = gradients(hidden, head, order, chunk, wanted, error)
     return (_Inputs(dhidden, dhead, None, None, None, None, None),)
 
 

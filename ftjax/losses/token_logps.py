@@ -6,7 +6,6 @@ Unlike `logprobs.chunked_nll`, the logits of a chunk are therefore made twice, f
 and backward; kept between the two are the inputs and one number per token.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,9 +15,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from ftjax.losses.chunks import (
     Order,
+    Wanted,
     arrange,
     cut,
-    head_gradient,
+    gradients,
     head_logits,
     one_hot,
     paste,
@@ -77,15 +77,6 @@ class _Inputs(NamedTuple):
     targets: Any
     weights: Any
     temperature: Any
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class Wanted:
-    """Which gradients are: no leaf, so that it is known when tracing."""
-
-    to_hidden: bool
-    to_head: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -187,29 +178,15 @@ def _walk_back(
         h_BP = arrange(jnp.where(weights != 0, h_BT / temperature, 0), order, chunk)
     matrix = head.astype(hidden.dtype)
 
-    def body(i: Array, carry: Any) -> Any:
-        dhidden, dhead = carry
+    def error(i: Array) -> Array:
         part = _Rows(*(cut(array, i, chunk) for array in rows))
         logits = head_logits(part.hidden, matrix) / temperature
         probs = jnp.exp(logits - cut(lse_BP, i, chunk)[..., None])
         g = cut(g_BP, i, chunk)[..., None]
-        error = g * (one_hot(part.targets, logits.shape) - probs)
+        found = g * (one_hot(part.targets, logits.shape) - probs)
         if h_BT is not None:
             h = cut(h_BP, i, chunk)[..., None]
-            error = error + h * (1 / logits.shape[-1] - probs)
-        error = error.astype(hidden.dtype)
-        if wanted.to_hidden:
-            dh = jnp.einsum("BCV,DV->BCD", error, matrix)
-            dhidden = paste(dhidden, dh, i)
-        if wanted.to_head:
-            dhead = dhead + head_gradient(part.hidden, error)
-        return dhidden, dhead
+            found = found + h * (1 / logits.shape[-1] - probs)
+        return found
 
-    start = (
-        jnp.zeros_like(rows.hidden) if wanted.to_hidden else None,
-        jnp.zeros(head.shape, jnp.float32) if wanted.to_head else None,
-    )
-    dhidden, dhead = jax.lax.fori_loop(0, order.chunks, body, start)
-    dhidden = reorder(dhidden, order.back_BT) if wanted.to_hidden else None
-    dhead = dhead.astype(head.dtype) if wanted.to_head else None
-    return dhidden, dhead
+    return gradients(hidden, head, order, chunk, wanted, error)

@@ -39,8 +39,10 @@ def naive(name: str, student: Model, teacher: Model, temperature: float) -> Any:
     return BETA * of_teacher + (1 - BETA) * jnp.sum(jnp.exp(s) * (s - m), -1)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
-@pytest.mark.parametrize(("chunk", "temperature"), [(2, 0.8), (64, 2.0)])
+@pytest.mark.parametrize(
+    ("name", "chunk", "temperature"),
+    [("forward_kl", 2, 0.8), ("reverse_kl", 64, 1.0), ("js_divergence", 3, 2.0)],
+)
 def test_value_and_gradients_are_the_naive_ones(
     name: str, chunk: int, temperature: float
 ) -> None:

@@ -31,11 +31,9 @@ def test_known_values() -> None:
     assert float(reward.reward(one, one)) == pytest.approx(np.log(2))
 
 
-@pytest.mark.parametrize("far", [0.0, 1e4, -1e4])
-def test_far_ends_are_finite(far: float) -> None:
-    all_finite(
-        lambda c, r: reward.reward(c, r, center=0.01), np.array(far), np.array(-far)
-    )
+def test_far_ends_are_finite() -> None:
+    far = np.array([0.0, 1e4, -1e4])
+    all_finite(lambda c, r: reward.reward(c, r, center=0.01), far, -far)
 
 
 def test_metrics_and_extremes_leave_empty_slots_out() -> None:
@@ -54,10 +52,11 @@ def test_metrics_and_extremes_leave_empty_slots_out() -> None:
 
 
 def test_calibration_of_a_model_that_is_as_good_as_it_says() -> None:
-    margin = jax.random.normal(jax.random.key(0), (20_000,)) * 2
+    rng = np.random.default_rng(0)
+    size = np.abs(2 * rng.standard_normal(20_000))
     # The completion that is ranked first is the chosen one as often as s(|m|) says.
-    right = jax.random.uniform(jax.random.key(1), margin.shape)
-    margin = jnp.abs(margin) * jnp.where(right < jax.nn.sigmoid(jnp.abs(margin)), 1, -1)
+    right = rng.random(size.shape) < sigmoid(size)
+    margin = jnp.asarray(np.where(right, size, -size), jnp.float32)
     weight = jnp.ones_like(margin)
     assert float(reward.calibration_error(reward.calibration(margin, weight))) < 0.02
     # Ten times as sure, and no better.

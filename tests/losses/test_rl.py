@@ -99,11 +99,10 @@ def test_the_first_update_has_the_gradient_of_reinforce() -> None:
     np.testing.assert_allclose(jax.grad(total)(logp), -advantage, rtol=1e-6)
 
 
-@pytest.mark.parametrize("far", [0.0, 1e4, -1e4])
-def test_far_ends_are_finite(far: float) -> None:
-    for advantage in (-1.0, 0.0, 1.0):
-        given = [jnp.zeros(1), jnp.zeros(1), jnp.full((1,), advantage)]
-        all_finite(lambda p, g=given: grpo.token_loss(p, *g, beta=0.1), np.array([far]))
+def test_far_ends_are_finite() -> None:
+    far, advantage = np.meshgrid([0.0, 1e4, -1e4], [-1.0, 0.0, 1.0])
+    others = [jnp.asarray(x, jnp.float32) for x in (0 * far, 0 * far, advantage)]
+    all_finite(lambda p: grpo.token_loss(p, *others, beta=0.1), far)
 
 
 def test_estimates_of_the_kl_are_unbiased_and_k3_is_not_negative() -> None:
@@ -150,7 +149,7 @@ def plain_gae(rewards: Any, values: Any, gamma: float, lam: float) -> Any:
     return found
 
 
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0)])
+@pytest.mark.parametrize(("gamma", "lam"), [(0.9, 0.5), (1.0, 1.0)])
 def test_gae_of_rows_that_hold_several_completions(gamma: float, lam: float) -> None:
     rewards, values = RNG.standard_normal((2, 2, 9))
     owner = np.array([[0, 1, 1, 1, 2, 2, 0, 3, 3], [1] * 9])
