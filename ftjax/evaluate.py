@@ -1,9 +1,11 @@
 """Evaluates a model, a run or an adapter on a file: loss, perplexity, accuracy.
 
     python -m ftjax.evaluate --model=DIR --data=FILE [--json]
+    python -m ftjax.evaluate --model=DIR --adapter=none,A,B --use=0,2 --data=FILE
 
 In float32. The loss is per trained token: of plain text every token after the first, of
-prompts and conversations the answers (--nocompletion_only: everything).
+prompts and conversations the answers (--nocompletion_only: everything). Several
+adapters are added up; with --use each is measured alone, over one base in memory.
 """
 
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from ftjax import cli
+from ftjax.adapters import NONE, names_of
 from ftjax.console import say
 from ftjax.data.dataset import Dataset, build_dataset
 from ftjax.data.loader import Loader, row_length
@@ -24,6 +27,7 @@ from ftjax.errors import UserError
 from ftjax.evals.causal import evaluate, make_sum_batch
 from ftjax.loading import Base, Policy, open_policy
 from ftjax.sharding import batch_sharding, make_mesh
+from ftjax.switch import chosen_alone, parse_use
 
 CHUNK = 64  # positions per row that the head handles at a time
 LONGEST = 2048  # tokens per row where neither the model nor the user sets less
@@ -31,9 +35,12 @@ LONGEST = 2048  # tokens per row where neither the model nor the user sets less
 
 def define(args: flags.FlagValues) -> None:
     cli.define_source(args)
-    integer = flags.DEFINE_integer
-    flags.DEFINE_string("data", "", "a file, pydoc:..., a name", flag_values=args)
-    flags.DEFINE_string("split", "test", "of a `datasets` name", flag_values=args)
+    integer, text = flags.DEFINE_integer, flags.DEFINE_string
+    text(
+        "use", "", "which of the adapters are measured, in turn: 0,1", flag_values=args
+    )
+    text("data", "", "a file, pydoc:..., a name", flag_values=args)
+    text("split", "test", "of a `datasets` name", flag_values=args)
     integer("max_length", 0, "tokens per row; 0: all", lower_bound=0, flag_values=args)
     integer("batch_size", 8, "rows at a time", lower_bound=1, flag_values=args)
     flags.DEFINE_bool("completion_only", True, "not the prompts", flag_values=args)
@@ -49,18 +56,34 @@ def define(args: flags.FlagValues) -> None:
 def main(args: flags.FlagValues) -> dict[str, Any]:
     if not args.data:
         raise UserError("there is nothing to evaluate on", fix="--data=FILE")
-    mesh = make_mesh()
+    mesh, names = make_mesh(), names_of(args.adapter)
+    summed = bool(args.adapter_weights or args.adapter_rank)
+    uses = parse_use(args.use, names, summed=summed) if args.use else []
     policy = open_policy(
         model=args.model,
         workdir=args.workdir,
-        adapter=args.adapter,
+        adapter=NONE if uses else args.adapter,
         adapter_weights=args.adapter_weights,
         adapter_rank=args.adapter_rank,
         dtype=jnp.float32,
         mesh=mesh,
         weights=args.weights,
     )
-    found, report = measure(args, policy, mesh)
+    if not uses:
+        return _told(args, policy, mesh)
+    results: list[dict[str, Any]] = []
+    for i in uses:
+        own = chosen_alone(policy, names[i], mesh=mesh)
+        told = _told(args, own, mesh, tell=not results)
+        results.append({**told, "adapter": names[i]})
+    return results[0] if len(results) == 1 else {**results[0], "results": results}
+
+
+def _told(
+    args: flags.FlagValues, policy: Policy, mesh: Mesh, *, tell: bool = True
+) -> dict[str, Any]:
+    """What was measured of one policy, which is said too."""
+    found, report = measure(args, policy, mesh, tell=tell)
     say(
         f"\n{policy.label}\nloss {found['loss']:.5f}, perplexity"
         f" {found['perplexity']:.3f}, {found['token_accuracy']:.2%} of"
