@@ -203,7 +203,7 @@ def parse_use(
     for part in parts:
         if not part.isdecimal() or int(part) >= len(names):
             raise UserError(
-                "there is no such adapter to use",
+                "the adapter to use is not there",
                 where="--use",
                 expected=listed or "--adapter=DIR,DIR beside it",
                 got=part or repr(text),

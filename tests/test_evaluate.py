@@ -108,7 +108,7 @@ def test_one_adapter_after_another(tiny_llama: Path, tmp_path: Path, run: Any) -
     wanted = [alone[i]["loss"] for i in (2, 0, 1)]
     assert [r["loss"] for r in found["results"]] == pytest.approx(wanted, rel=1e-6)
     assert len({round(loss, 3) for loss in wanted}) == 3
-    assert "no such adapter" in run(*common, several, "--use=3", code=2)["screen"]
+    assert "is not there" in run(*common, several, "--use=3", code=2)["screen"]
     weighed = ("--use=1", "--adapter_weights=1,1,1")
     assert "sum of all" in run(*common, several, *weighed, code=2)["screen"]
 
