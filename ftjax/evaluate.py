@@ -4,11 +4,13 @@
     python -m ftjax.evaluate --workdir=RUN --data=FILE
     python -m ftjax.evaluate --config=configs/dpo.py:model=DIR --adapter=DIR --data=FILE
     python -m ftjax.evaluate --workdir=RUN --data=FILE --to=scores --out=FILE
+    python -m ftjax.evaluate --model=DIR --adapter=none,A,B --use=0,2 --data=FILE
 
 In float32, over the whole file. Without a task it is the loss per trained token: of
 plain text every token after the first, of prompts and conversations the answers
 (--nocompletion_only: everything). A run is measured by its own task. --to=scores writes
-what a reward model thinks of each row.
+what a reward model thinks of each row. Several adapters are added up; with --use each
+is measured alone, over one base in memory.
 """
 
 import json
@@ -24,6 +26,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from ftjax import cli
+from ftjax.adapters import NONE, names_of
 from ftjax.console import say
 from ftjax.data.dataset import Dataset, build_dataset
 from ftjax.data.loader import Loader, row_length
@@ -37,6 +40,7 @@ from ftjax.objectives.tasks import task_of
 from ftjax.reference import open_other, put_reference, reference_sums
 from ftjax.run_folder import read_run_config
 from ftjax.sharding import batch_sharding, make_mesh
+from ftjax.switch import chosen_alone, parse_use
 
 CHUNK = 64  # positions per row that the head handles at a time
 LONGEST = 2048  # tokens per row where neither the model nor the user sets less
@@ -45,9 +49,12 @@ PLAIN = SimpleNamespace(chunk=CHUNK)  # the settings of a loss that has no other
 
 def define(args: flags.FlagValues) -> None:
     cli.define_source(args)
-    integer = flags.DEFINE_integer
-    flags.DEFINE_string("data", "", "a file, pydoc:..., a name", flag_values=args)
-    flags.DEFINE_string("split", "test", "of a `datasets` name", flag_values=args)
+    integer, text = flags.DEFINE_integer, flags.DEFINE_string
+    text(
+        "use", "", "which of the adapters are measured, in turn: 0,1", flag_values=args
+    )
+    text("data", "", "a file, pydoc:..., a name", flag_values=args)
+    text("split", "test", "of a `datasets` name", flag_values=args)
     integer("max_length", 0, "tokens per row; 0: all", lower_bound=0, flag_values=args)
     integer("batch_size", 8, "rows at a time", lower_bound=1, flag_values=args)
     flags.DEFINE_bool("completion_only", True, "not the prompts", flag_values=args)
@@ -73,12 +80,14 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
             expected="the name of a file that is not there yet",
             got=args.out or "no name",
         )
-    task, loss, model = _question(args)
-    mesh = make_mesh()
+    question = task_and_loss(args)
+    mesh, names = make_mesh(), names_of(args.adapter)
+    summed = bool(args.adapter_weights or args.adapter_rank)
+    uses = parse_use(args.use, names, summed=summed) if args.use else []
     policy = open_policy(
-        model=model,
+        model=_model(args),
         workdir=args.workdir,
-        adapter=args.adapter,
+        adapter=NONE if uses else args.adapter,
         adapter_weights=args.adapter_weights,
         adapter_rank=args.adapter_rank,
         dtype=jnp.float32,
@@ -86,8 +95,28 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         weights=args.weights,
     )
     if args.to == "scores":
-        return _write_scores(args, policy, mesh, task)
-    found, report = measure(args, policy, mesh, task=task, loss=loss)
+        return _write_scores(args, policy, mesh)
+    if not uses:
+        return _told(args, policy, mesh, question)
+    results: list[dict[str, Any]] = []
+    for i in uses:
+        own = chosen_alone(policy, names[i], mesh=mesh)
+        told = _told(args, own, mesh, question, tell=not results)
+        results.append({**told, "adapter": names[i]})
+    return results[0] if len(results) == 1 else {**results[0], "results": results}
+
+
+def _told(
+    args: Any,
+    policy: Policy,
+    mesh: Mesh,
+    question: tuple[str, Any],
+    *,
+    tell: bool = True,
+) -> dict[str, Any]:
+    """What was measured of one policy, which is said too."""
+    task, loss = question
+    found, report = measure(args, policy, mesh, task=task, loss=loss, tell=tell)
     shown = [f"{name} {found[name]:.4g}" for name in task_of(task).shown]
     parts = [f"loss {found['loss']:.5f}", *shown, f"{found['tokens']:,} tokens"]
     say(f"\n{policy.label}\n" + ", ".join(parts))
@@ -96,17 +125,20 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     return {**found, **counts, **about}
 
 
-def _question(args: Any) -> tuple[str, Any, str]:
-    """(task, settings of its loss, model), from a config, a run or nothing."""
-    config = args.config
-    if config is not None:
-        model = args.model or ("" if args.workdir else config.model.path)
-        return config.task, config.loss, model
+def task_and_loss(args: Any) -> tuple[str, Any]:
+    """The task and the settings of its loss: of a config, a run or nothing."""
+    if args.config is not None:
+        return args.config.task, args.config.loss
     if args.workdir:
         saved = read_run_config(args.workdir)
         loss = SimpleNamespace(**{"chunk": CHUNK, **saved.get("loss", {})})
-        return saved.get("task", "sft"), loss, args.model
-    return "sft", PLAIN, args.model
+        return saved.get("task", "sft"), loss
+    return "sft", PLAIN
+
+
+def _model(args: Any) -> str:
+    named = args.model or args.workdir or args.config is None
+    return args.model if named else args.config.model.path
 
 
 def measure(
@@ -178,7 +210,7 @@ def _no_head(policy: Policy, head: str) -> UserError:
     )
 
 
-def _write_scores(args: Any, policy: Policy, mesh: Mesh, task: str) -> dict[str, Any]:
+def _write_scores(args: Any, policy: Policy, mesh: Mesh) -> dict[str, Any]:
     """One line of JSON per row: its place, and the reward of each of its answers."""
     head = task_of("reward").head
     if head not in policy.variables:

@@ -99,6 +99,27 @@ def each_row_its_own(
     return replace(policy, variables=variables, plan=None, label=label)
 
 
+def chosen_alone(base: Policy, name: str, *, mesh: Mesh, note: Note = say) -> Policy:
+    """One adapter, of any kind, on a base that is open without one.
+
+    Args:
+      base: its arrays are shared.
+      name: a folder, or 'none'.
+      mesh: that the base is on.
+      note: told what is worth knowing.
+    """
+    check = partial(check_adapter, base.base, note)
+    chosen = read_adapters(name, model=base.model, check=check, known=base.adapters)
+    most = base.base.spec.max_positions
+    return replace(
+        base,
+        variables=chosen.over(base.variables, base.base.spec, mesh),
+        plan=chosen.plan,
+        label=f"{chosen.label} on {base.base.name}",
+        max_positions=most - (chosen.adapter.virtual if chosen.adapter else 0),
+    )
+
+
 class Switch:
     """The chat's commands: `/adapters` lists, `/adapter NAME` takes another.
 
@@ -154,14 +175,18 @@ class Switch:
 
 
 def parse_use(
-    text: str, names: Sequence[str], prompts: int, *, summed: bool = False
+    text: str,
+    names: Sequence[str],
+    prompts: int | None = None,
+    *,
+    summed: bool = False,
 ) -> list[int]:
-    """Which adapter each prompt uses: `--use=0,1,0`.
+    """Which adapter each prompt uses, or which are used in turn: `--use=0,1,0`.
 
     Args:
       text: the numbers.
       names: of the adapters.
-      prompts: how many there are.
+      prompts: how many there are; None where none are.
       summed: whether a sum of the adapters was asked for too.
 
     Raises:
@@ -169,7 +194,7 @@ def parse_use(
     """
     if summed:
         raise UserError(
-            "each prompt would use one adapter, and the sum of all",
+            "one adapter would be used at a time, and the sum of all",
             where="--use, --adapter_weights, --adapter_rank",
             fix="leave out --use, or the other two",
         )
@@ -178,12 +203,12 @@ def parse_use(
     for part in parts:
         if not part.isdecimal() or int(part) >= len(names):
             raise UserError(
-                "a prompt would use an adapter that is not there",
+                "the adapter to use is not there",
                 where="--use",
                 expected=listed or "--adapter=DIR,DIR beside it",
                 got=part or repr(text),
             )
-    if len(parts) != prompts:
+    if prompts is not None and len(parts) != prompts:
         raise UserError(
             "there are not as many uses as prompts",
             where="--use",

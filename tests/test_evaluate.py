@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from ftjax import cli, evaluate
+from ftjax.export import write_adapter
 from ftjax.loading import open_policy
 from tests.runs import make_run
 
@@ -90,6 +91,26 @@ def test_a_run_says_which_step(tiny_llama: Path, tmp_path: Path, run: Any) -> No
     assert "step 7" in tuned["model"]
     assert tuned["tokens"] == base["tokens"]
     assert abs(tuned["loss"] - base["loss"]) > 1e-3
+
+
+def test_one_adapter_after_another(tiny_llama: Path, tmp_path: Path, run: Any) -> None:
+    data = write(tmp_path / "d.jsonl", [{"text": text} for text in TEXTS])
+    common = (f"--model={tiny_llama}", f"--data={data}")
+    folders = []
+    for name in ("ia3", "lora"):
+        made = make_run(tmp_path / f"{name}-run", tiny_llama, method=name)
+        folders.append(str(tmp_path / name))
+        write_adapter(tmp_path / name, open_policy(workdir=str(made)))
+    alone = [run(*common)] + [run(*common, f"--adapter={f}") for f in folders]
+    several = f"--adapter=none,{','.join(folders)}"
+    found = run(*common, several, "--use=2,0,1")
+    assert [r["adapter"] for r in found["results"]] == [folders[1], "none", folders[0]]
+    wanted = [alone[i]["loss"] for i in (2, 0, 1)]
+    assert [r["loss"] for r in found["results"]] == pytest.approx(wanted, rel=1e-6)
+    assert len({round(loss, 3) for loss in wanted}) == 3
+    assert "is not there" in run(*common, several, "--use=3", code=2)["screen"]
+    weighed = ("--use=1", "--adapter_weights=1,1,1")
+    assert "sum of all" in run(*common, several, *weighed, code=2)["screen"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ftjax.checkpoints import peft
@@ -112,7 +111,9 @@ def _require_tied(saved: Saved, where: FilePath) -> None:
             "the adapter parts the embedding from the head, which are one weight here",
             where=f"{where}: modules_to_save",
             expected=f"{EMBEDDING} and {HEAD}, with the same values",
-            got="different values" if HEAD in saved and EMBEDDING in saved else "one",
+            got="other values"
+            if len(saved.keys() & {EMBEDDING, HEAD}) == 2
+            else "one alone",
             fix="train it with ensure_weight_tying=True, or over a base that is not "
             "tied (tie_word_embeddings=false, with a head of its own)",
         )
@@ -141,15 +142,11 @@ def with_saved(params: Any, saved: Saved, spec: ModelSpec, where: str) -> Any:
 
 def _filled(leaf: Any, weight: Weight, found: Mapping[int, np.ndarray]) -> Any:
     """The leaf with some of its layers, or the whole of it, from a file."""
-    host = np.array(leaf) if weight.layers else None
+    host = np.array(leaf)
     for i, stored in found.items():
         value = stored.T if weight.inputs else stored
-        value = value.reshape(weight.shape)
-        if host is None:
-            host = value
-        else:
-            host[i] = value
-    return jax.device_put(jnp.asarray(host, leaf.dtype), leaf.sharding)
+        host[i if weight.layers else ...] = value.reshape(weight.shape)
+    return jax.device_put(host, leaf.sharding)
 
 
 def _by_name(spec: ModelSpec) -> dict[str, Weight]:

@@ -78,7 +78,7 @@ def trained_names(method: Method, spec: ModelSpec) -> frozenset[str]:
     """The published names of the weights of the base that a method trains."""
     part = method.parts.get("params")
     found: set[str] = set()
-    for path, weight in model_weights(spec).items() if part else ():
+    for path, weight in model_weights(spec).items():
         leaf: Any = part.shapes if part else {}
         for name in path:
             leaf = leaf.get(name, {}) if isinstance(leaf, dict) else leaf

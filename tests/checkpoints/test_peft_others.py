@@ -17,10 +17,12 @@ from ftjax.checkpoints.peft_others import load_any, save_any
 from ftjax.checkpoints.peft_saved import with_saved
 from ftjax.errors import UserError
 from ftjax.methods.freeze import trained_names
+from ftjax.methods.lora import merge
 from ftjax.methods.method import plan_method
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites, init_params
 from ftjax.models.registry import spec_from_config
+from ftjax.models.vera import as_lora
 from ftjax.weights import join
 from tests.goldens import check_peft
 from tests.goldens.check_peft_others import OURS, OUT, moved
@@ -109,6 +111,30 @@ def test_what_means_something_else_is_refused(
     with pytest.raises(UserError) as error:
         load_any(folder, SITES, SPEC)
     assert part in error.value.screen()
+
+
+@pytest.mark.parametrize("name", ["vera", "vera_some_layers"])
+def test_vera_merged_has_the_logits_of_peft(name: str, tmp_path: Path) -> None:
+    base = check_peft.write_base(tmp_path / "base")
+    params = load_params(open_weights(base, SPEC), dtype="float32")
+    adapter = load_any(write_adapter(tmp_path / "adapter", GOLDEN[name]), SITES, SPEC)
+    merged = merge(params, as_lora(adapter.tree))
+    tokens = jnp.asarray([check_peft.IDS], jnp.int32)
+    rows = (tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
+    logits = Decoder(SPEC).apply({"params": merged}, *rows, method="logits")[0]
+    wanted = np.array(GOLDEN[name]["logits"], np.float32)
+    np.testing.assert_allclose(np.asarray(logits), wanted, atol=1e-4)
+
+
+def test_vera_without_its_matrices_is_refused(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path, GOLDEN["vera"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("base_model.vera_A")
+    save_file(tensors, file)
+    with pytest.raises(UserError) as error:
+        load_any(folder, SITES, SPEC)
+    assert "save_projection=True" in error.value.screen()
 
 
 def test_a_missing_vector_is_refused(tmp_path: Path) -> None:
