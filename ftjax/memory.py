@@ -106,11 +106,20 @@ def _layer(spec: ModelSpec) -> dict[str, int]:
     }
 
 
+def _projected(spec: ModelSpec) -> int:
+    """Numbers per token that come out of the projections: DoRA asks for them again."""
+    heads = spec.n_heads + 2 * spec.n_kv_heads
+    return heads * spec.head_dim + 2 * spec.d_model + 2 * spec.d_ff
+
+
 def kept_per_token(spec: ModelSpec, config: Any) -> int:
     """Numbers per token that all layers keep."""
     layer = _layer(spec)[config.model.remat]
-    rank = config.method.rank * 7 if config.method.name == "lora" else 0
-    kept = layer + (0 if config.model.remat == "full" else rank)
+    remat, method = config.model.remat, config.method
+    rank = method.rank * 7 if method.name == "lora" else 0
+    kept = layer + (0 if remat == "full" else rank)
+    if remat == "none" and getattr(method, "use_dora", False):
+        kept += _projected(spec)
     return spec.n_layers * kept + 4 * spec.d_model
 
 
