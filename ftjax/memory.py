@@ -32,7 +32,8 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
     method = shape.method
     trained = {name: part.shapes for name, part in method.parts.items()}
     trained_axes = {name: part.axes for name, part in method.parts.items()}
-    masters = _bytes(trained, trained_axes, mesh, 4)
+    masters = _bytes(trained, trained_axes, mesh)
+    gradients = _bytes(trained, trained_axes, mesh, 4)  # whatever the weights are
     optimizer = _optimizer(config.optim, shape, trained, trained_axes, mesh)
     # A second point, where the gradient is taken, beside the average.
     points = 2 if config.optim.name == "schedule_free" else 1
@@ -42,7 +43,7 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
     sizes = {
         "frozen weights": 0 if method.whole else _frozen(shape, mesh),
         "trained weights": masters * points,
-        "gradients": masters * (2 if config.train.accumulate > 1 else 1),
+        "gradients": gradients * (2 if config.train.accumulate > 1 else 1),
         "optimizer": optimizer,
         "activations": tokens * item * kept_per_token(shape.model.spec, config),
         "a layer at work": tokens * item * _layer(shape.model.spec)["none"],

@@ -240,7 +240,8 @@ def fit_trained(
     lora = with_magnitudes(lora, plan, join(frozen, trained))
     part = shape.method.parts["lora"]
     place = shard_tree(part.shapes, part.axes, mesh)
-    return {**trained, "lora": jax.device_put(lora, place)}
+    fitted = shape.method.stored({**trained, "lora": lora})
+    return {**fitted, "lora": jax.device_put(fitted["lora"], place)}
 
 
 def random_params(model: Decoder, seed: int, mesh: Mesh) -> PyTree:

@@ -57,7 +57,8 @@ class Delta:
         For float32, many tokens and no dropout: in a lower precision the sum of the
         weights would round a small update away.
         """
-        return project_updated(eqn, x, w, self.a, self.b, self.scale, gain)
+        a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
+        return project_updated(eqn, x, w, a, b, self.scale, gain)
 
     def gain(self, w: Weight, dtype: Any) -> Array | None:
         """m / n of one layer, float32 [*outputs]; None without a magnitude."""
@@ -91,10 +92,10 @@ class Delta:
         return whole if gain is None else whole * jnp.expand_dims(gain, axes)
 
     def dense(self) -> Array:
-        """The low-rank part as a full weight: [*stack, *inputs, *outputs]."""
+        """The low-rank part as a full weight, float32: [*stack, *inputs, *outputs]."""
         stack = self.scale.shape
-        a = self.a.reshape(*stack, -1, self.a.shape[-1])
-        b = self.b.reshape(*stack, self.b.shape[len(stack)], -1)
+        a = self.a.reshape(*stack, -1, self.a.shape[-1]).astype(jnp.float32)
+        b = self.b.reshape(*stack, self.b.shape[len(stack)], -1).astype(jnp.float32)
         scale = self.scale.reshape(*stack, 1, 1)
         inputs, outputs = self.a.shape[len(stack) : -1], self.b.shape[len(stack) + 1 :]
         return (scale * (a @ b)).reshape(*stack, *inputs, *outputs)

@@ -90,7 +90,7 @@ class Proj(nn.Module):
     def _scaled(self, x: Array, side: str) -> Array:
         """x times the vector of a side, if there is one."""
         factor = self.get_variable("ia3", side)
-        return x if factor is None else scaled(x, factor)
+        return x if factor is None else scaled(x, factor.astype(jnp.float32))
 
 
 def site_inputs(eqn: str) -> int:
