@@ -40,6 +40,8 @@ def base_config(arg: ConfigDict) -> ConfigDict:
         "auto"  # of the computation: float32, bfloat16; auto: bf16 on GPU/TPU
     )
     c.model.param_dtype = "auto"  # storage of frozen weights; auto: as the computation
+    c.model.norm_dtype = "auto"  # storage of frozen norms; auto: as param_dtype
+    c.model.head_dtype = "auto"  # of the frozen head (tied: the embedding); the same
     c.model.remat = "none"  # none, dots, full: what the backward pass computes again
     c.model.from_scratch = False  # random weights of the same shape
 

@@ -39,6 +39,8 @@ RULES: dict[str, Range] = {
     "model.path": NOT_EMPTY,
     "model.dtype": one_of("auto", "float32", "bfloat16"),
     "model.param_dtype": one_of("auto", "float32", "bfloat16"),
+    "model.norm_dtype": one_of("auto", "float32", "bfloat16"),
+    "model.head_dtype": one_of("auto", "float32", "bfloat16"),
     "model.remat": one_of("none", "dots", "full"),
     "method.name": Range(
         "lora, qlora, full, freeze, bottleneck, ia3, prompt or prefix",

@@ -82,16 +82,25 @@ def _frozen(shape: Shape, mesh: Mesh) -> int:
         without(abstract_params(model), formats),
         without(params_axes(model), formats),
     )
-    item = shape.param_dtype.itemsize
-    total = _bytes(*floats, mesh, item)
+    total = _bytes(_as_stored(floats[0], shape), floats[1], mesh)
     part = shape.method.parts.get("params")
     if part is not None:  # these are trained, and counted there
-        total -= _bytes(part.shapes, part.axes, mesh, item)
+        total -= _bytes(_as_stored(part.shapes, shape), part.axes, mesh)
     if formats:
         sites = find_sites(shape.model)
         quant = abstract_quant(sites, formats), quant_axes(sites, formats)
         total += _bytes(*quant, mesh)
     return total
+
+
+def _as_stored(tree: Any, shape: Shape) -> Any:
+    """Shapes of frozen weights, in the dtypes that they are stored in."""
+
+    def stored(path: Any, leaf: Any) -> Any:
+        dtype = shape.dtypes.get(tuple(key.key for key in path), shape.param_dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree_util.tree_map_with_path(stored, tree)
 
 
 def _layer(spec: ModelSpec) -> dict[str, int]:
