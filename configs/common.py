@@ -40,6 +40,8 @@ def base_config(arg: ConfigDict) -> ConfigDict:
         "auto"  # of the computation: float32, bfloat16; auto: bf16 on GPU/TPU
     )
     c.model.param_dtype = "auto"  # storage of frozen weights; auto: as the computation
+    c.model.norm_dtype = "auto"  # storage of frozen norms; auto: as param_dtype
+    c.model.head_dtype = "auto"  # of the frozen head (tied: the embedding); the same
     c.model.remat = "none"  # none, dots, full: what the backward pass computes again
     c.model.from_scratch = False  # random weights of the same shape
 
@@ -140,6 +142,10 @@ def method_config(name: str) -> ConfigDict:
         method.tokens = 20  # keys and values, before every row and in every layer
         method.std = 0.02  # of their start; PEFT's is 1
     if method.name not in ("full", "freeze"):
+        # Of the adapter, as it is stored and updated. TRL trains in bfloat16 beside a
+        # quantized base, where an update below a 256th of its weight is lost; PEFT
+        # alone trains in float32. Moments, and the adapter's files, are float32.
+        method.dtype = "float32"  # float32, bfloat16
         method.also_train = ""  # regexes of weights of the base: embed_tokens,.*norm
     return method
 

@@ -19,8 +19,9 @@ def adapter_facts(kind: str, tree: Any, plan: LoraPlan | None) -> dict[str, str]
         numbers = sum(leaf.size for leaf in jax.tree.leaves(own))
         return {"adapter": KINDS[kind], "trained parameters": count(numbers)}
     ranks = sorted({r for at in plan.sites.values() for r in at.ranks if r})
+    kind = "DoRA" if any(at.dora for at in plan.sites.values()) else "LoRA"
     return {
-        "adapter": "LoRA, rank " + "/".join(map(str, ranks)),
+        "adapter": f"{kind}, rank " + "/".join(map(str, ranks)),
         "targets": ", ".join(path[-1] for path in plan.sites),
         "trained parameters": count(sum(at.count for at in plan.sites.values())),
     }

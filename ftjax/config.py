@@ -44,6 +44,8 @@ RULES: dict[str, Range] = {
     "model.path": NOT_EMPTY,
     "model.dtype": one_of("auto", "float32", "bfloat16"),
     "model.param_dtype": one_of("auto", "float32", "bfloat16"),
+    "model.norm_dtype": one_of("auto", "float32", "bfloat16"),
+    "model.head_dtype": one_of("auto", "float32", "bfloat16"),
     "model.remat": one_of("none", "dots", "full"),
     "method.name": Range(
         "lora, qlora, vera, full, freeze, bottleneck, ia3, prompt or prefix",
@@ -53,6 +55,7 @@ RULES: dict[str, Range] = {
     "method.alpha": POSITIVE,
     "method.dropout": SHARE,
     "method.targets": NOT_EMPTY,
+    "method.dtype": one_of("float32", "bfloat16"),
     "method.init": one_of("kaiming", "gaussian", "loftq"),
     "method.layers": AT_LEAST_0,
     "method.d_initial": POSITIVE,
@@ -192,6 +195,13 @@ def _check_optimizer(config: Any) -> None:
             expected="schedule=constant, with or without a warm-up",
             got=f"schedule={optim.schedule}",
             fix="--config.optim.schedule=constant",
+        )
+    if optim.name == "schedule_free" and config.method.get("dtype") == "bfloat16":
+        raise UserError(
+            "schedule_free moves its average in steps that bfloat16 rounds away",
+            where="config.optim.name, config.method.dtype",
+            expected="method.dtype=float32, or another optimizer",
+            got="method.dtype=bfloat16",
         )
     if optim.b_lr_ratio != 1 and config.method.name != "lora":
         raise UserError(

@@ -5,7 +5,7 @@ configuration is executed.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from ftjax.adapters import Known, read_adapters
 from ftjax.checkpoints.hf import (
     Weights,
-    check_vocab,
     find_model,
     load_params,
     open_weights,
@@ -38,6 +37,7 @@ from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, wi
 from ftjax.methods.virtual import virtual_count
 from ftjax.models.config_reader import say
 from ftjax.models.decoder import Decoder
+from ftjax.models.names import Path as LeafPath
 from ftjax.models.presets import PRESETS
 from ftjax.models.proj import abstract_params, find_sites, params_axes, put
 from ftjax.models.registry import spec_from_config
@@ -160,11 +160,29 @@ def open_base(
     return Base(folder, path, config, spec, tokenizer, tokenizer.eos_ids, found)
 
 
+def check_vocab(spec: ModelSpec, tokenizer_size: int, where: str) -> None:
+    """The embedding must have a row for every token; spare rows are fine.
+
+    Args:
+      tokenizer_size: one more than the largest token id.
+      where: the model, named in the error.
+    """
+    if tokenizer_size > spec.vocab_size:
+        raise UserError(
+            "the tokenizer has more tokens than the model",
+            where=where,
+            expected=f"at most {spec.vocab_size:,} tokens (vocab_size)",
+            got=f"{tokenizer_size:,} tokens",
+            fix="use the tokenizer that was published with the model",
+        )
+
+
 def load_base(
     base: Base,
     dtype: Any,
     mesh: Mesh,
     *,
+    dtypes: Mapping[LeafPath, str] | None = None,
     formats: Plan | None = None,
     note: Note = say,
 ) -> dict[str, PyTree]:
@@ -172,6 +190,7 @@ def load_base(
 
     Args:
       dtype: of what stays floating point.
+      dtypes: of single leaves, by path, instead.
       formats: of the projections that are quantized while they are read; 'quant' is
         there if any are, or if the base is stored quantized.
       note: told what is worth knowing about the weights.
@@ -197,7 +216,9 @@ def load_base(
         return leaf
 
     name = jnp.dtype(dtype).name
-    params = load_params(base.weights, dtype=name, put=place, formats=plan, note=note)
+    params = load_params(
+        base.weights, dtype=name, dtypes=dtypes, put=place, formats=plan, note=note
+    )
     if not plan:
         return {"params": params}
     return {"params": without(params, plan), "quant": quant}

@@ -32,7 +32,8 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
     method = shape.method
     trained = {name: part.shapes for name, part in method.parts.items()}
     trained_axes = {name: part.axes for name, part in method.parts.items()}
-    masters = _bytes(trained, trained_axes, mesh, 4)
+    masters = _bytes(trained, trained_axes, mesh)
+    gradients = _bytes(trained, trained_axes, mesh, 4)  # whatever the weights are
     optimizer = _optimizer(config.optim, shape, trained, trained_axes, mesh)
     # A second point, where the gradient is taken, beside the average.
     points = 2 if config.optim.name == "schedule_free" else 1
@@ -42,7 +43,7 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
     sizes = {
         "frozen weights": 0 if method.whole else _frozen(shape, mesh),
         "trained weights": masters * points,
-        "gradients": masters * (2 if config.train.accumulate > 1 else 1),
+        "gradients": gradients * (2 if config.train.accumulate > 1 else 1),
         "optimizer": optimizer,
         "activations": tokens * item * kept_per_token(shape.model.spec, config),
         "a layer at work": tokens * item * _layer(shape.model.spec)["none"],
@@ -81,11 +82,10 @@ def _frozen(shape: Shape, mesh: Mesh) -> int:
         without(abstract_params(model), formats),
         without(params_axes(model), formats),
     )
-    item = shape.param_dtype.itemsize
-    total = _bytes(*floats, mesh, item)
+    total = _bytes(_as_stored(floats[0], shape), floats[1], mesh)
     part = shape.method.parts.get("params")
     if part is not None:  # these are trained, and counted there
-        total -= _bytes(part.shapes, part.axes, mesh, item)
+        total -= _bytes(_as_stored(part.shapes, shape), part.axes, mesh)
     for beside in shape.method.beside.values():
         total += _bytes(beside.shapes, beside.axes, mesh, 4)
     if formats:
@@ -93,6 +93,16 @@ def _frozen(shape: Shape, mesh: Mesh) -> int:
         quant = abstract_quant(sites, formats), quant_axes(sites, formats)
         total += _bytes(*quant, mesh)
     return total
+
+
+def _as_stored(tree: Any, shape: Shape) -> Any:
+    """Shapes of frozen weights, in the dtypes that they are stored in."""
+
+    def stored(path: Any, leaf: Any) -> Any:
+        dtype = shape.dtypes.get(tuple(key.key for key in path), shape.param_dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree_util.tree_map_with_path(stored, tree)
 
 
 def _layer(spec: ModelSpec) -> dict[str, int]:
@@ -108,11 +118,20 @@ def _layer(spec: ModelSpec) -> dict[str, int]:
     }
 
 
+def _projected(spec: ModelSpec) -> int:
+    """Numbers per token that come out of the projections: DoRA asks for them again."""
+    heads = spec.n_heads + 2 * spec.n_kv_heads
+    return heads * spec.head_dim + 2 * spec.d_model + 2 * spec.d_ff
+
+
 def kept_per_token(spec: ModelSpec, config: Any) -> int:
     """Numbers per token that all layers keep."""
     layer = _layer(spec)[config.model.remat]
-    rank = config.method.rank * 7 if config.method.name in ("lora", "vera") else 0
-    kept = layer + (0 if config.model.remat == "full" else rank)
+    remat, method = config.model.remat, config.method
+    rank = method.rank * 7 if method.name in ("lora", "vera") else 0
+    kept = layer + (0 if remat == "full" else rank)
+    if remat == "none" and getattr(method, "use_dora", False):
+        kept += _projected(spec)
     return spec.n_layers * kept + 4 * spec.d_model
 
 

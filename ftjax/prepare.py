@@ -4,7 +4,8 @@
 checked is what runs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from ftjax.methods.parts import Method, Row
 from ftjax.methods.quant import Plan, plan_quant, stored_plan
 from ftjax.methods.virtual import begin_with, virtual_count
 from ftjax.models.decoder import Decoder
+from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import model_weights
 from ftjax.models.proj import (
     HEAD,
@@ -35,6 +37,7 @@ from ftjax.models.proj import (
     init_params,
     params_axes,
 )
+from ftjax.models.spec import ModelSpec
 from ftjax.objectives.tasks import plan_task, task_of
 from ftjax.optimizers.muon import Matrices
 from ftjax.sharding import make_mesh, shard_tree
@@ -128,7 +131,8 @@ def prepare_data(config: Any, base: Base, room: int) -> Data:
 class Shape:
     """A model and its method, by shape alone: nothing is read or compiled.
 
-    `formats` are those of the projections that are quantized.
+    `formats` are those of the projections that are quantized, `param_dtype` is that of
+    the other frozen weights, but for those in `dtypes`.
     """
 
     model: Decoder
@@ -136,6 +140,7 @@ class Shape:
     formats: Plan
     dtype: Any
     param_dtype: Any
+    dtypes: Mapping[LeafPath, str] = field(default_factory=dict)
 
     @property
     def params(self) -> PyTree:
@@ -176,7 +181,21 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
         plan = plan_lora(find_sites(model), config.method)
         codes = base.weights is not None and bool(base.weights.formats)
         require_codes(plan, formats, codes)
-    return Shape(model, method, formats, dtype, param_dtype)
+    own = leaf_dtypes(config.model, base.spec)
+    return Shape(model, method, formats, dtype, param_dtype, own)
+
+
+def leaf_dtypes(config: Any, spec: ModelSpec) -> dict[LeafPath, str]:
+    """The dtypes of the norms and of the head, where the config names them.
+
+    A tied head is the embedding.
+    """
+    head = ("embed_tokens", "embedding") if spec.tied else (*HEAD, "w")
+    asked = {
+        path: config.norm_dtype for path in model_weights(spec) if path[-1] == "scale"
+    }
+    asked[head] = config.head_dtype
+    return {path: name for path, name in asked.items() if name != "auto"}
 
 
 def refuse_quantized(method: Method, formats: Plan) -> None:
@@ -213,8 +232,10 @@ def load_variables(
     if config.model.from_scratch:
         loaded = {"params": random_params(shape.model, config.seed, mesh)}
     else:
-        dtype = jnp.dtype(jnp.float32) if shape.method.whole else shape.param_dtype
-        loaded = load_base(base, dtype, mesh, formats=shape.formats)
+        whole = shape.method.whole
+        dtype = jnp.dtype(jnp.float32) if whole else shape.param_dtype
+        own = {} if whole else shape.dtypes
+        loaded = load_base(base, dtype, mesh, dtypes=own, formats=shape.formats)
     trained, frozen = shape.method.start(loaded, config.seed)
     places = {
         name: shard_tree(part.shapes, part.axes, mesh)
@@ -247,7 +268,8 @@ def fit_trained(
     lora = with_magnitudes(lora, plan, join(frozen, trained))
     part = shape.method.parts["lora"]
     place = shard_tree(part.shapes, part.axes, mesh)
-    return {**trained, "lora": jax.device_put(lora, place)}
+    fitted = shape.method.stored({**trained, "lora": lora})
+    return {**fitted, "lora": jax.device_put(fitted["lora"], place)}
 
 
 def random_params(model: Decoder, seed: int, mesh: Mesh) -> PyTree:

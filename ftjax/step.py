@@ -94,7 +94,7 @@ def make_train_step(
         some = sum(totals.values()) > 0
         good = jnp.isfinite(norm) & jnp.isfinite(loss) & some
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        trained = jax.tree.map(_add, state.trained, updates)
         trained, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
             (trained, opt_state),
@@ -112,6 +112,11 @@ def make_train_step(
         return state, metrics
 
     return step
+
+
+def _add(weight: Array, update: Array) -> Array:
+    """Their sum in the update's precision, then in the dtype of the weight."""
+    return (weight.astype(update.dtype) + update).astype(weight.dtype)
 
 
 def compile_lean(step: Any) -> Callable[[TrainState, PyTree, PyTree], Any]:

@@ -51,23 +51,28 @@ class Delta:
         keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
         return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), 0)
 
-    def folded(self, eqn: str, x: Array, w: Weight) -> Array:
-        """`einsum(eqn, x, w + scale * a.b)`, which is quicker than adding two products.
+    def folded(self, eqn: str, x: Array, w: Weight, gain: Array | None = None) -> Array:
+        """`einsum(eqn, x, gain * (w + scale * a.b))`, quicker than two products.
 
         For float32, many tokens and no dropout: in a lower precision the sum of the
         weights would round a small update away.
         """
-        return project_updated(eqn, x, w, self.a, self.b, self.scale)
+        a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
+        return project_updated(eqn, x, w, a, b, self.scale, gain)
 
-    def gain(self, w: Weight) -> Array | None:
+    def gain(self, w: Weight, dtype: Any) -> Array | None:
         """m / n of one layer, float32 [*outputs]; None without a magnitude."""
         if self.m is None:
             return None
-        return self._gain(self.norms(w) if self.n is None else self.n)
+        return self._gain(self.norms(w, dtype) if self.n is None else self.n)
 
-    def norms(self, w: Weight) -> Array:
-        """n of one layer: the norm over the inputs of w + scale * a.b."""
-        return updated_norms(w, self.a, self.b, self.scale)
+    def norms(self, w: Weight, dtype: Any = jnp.float32) -> Array:
+        """n of one layer: the norm over the inputs of w + scale * a.b.
+
+        It is computed in every step: a look at each weight, against the many of the
+        products. `dtype` is that of the computation.
+        """
+        return updated_norms(w, self.a, self.b, self.scale, dtype)
 
     def _gain(self, n: Array) -> Array | None:
         """m / n, and 1 where a layer has no update."""
@@ -87,10 +92,10 @@ class Delta:
         return whole if gain is None else whole * jnp.expand_dims(gain, axes)
 
     def dense(self) -> Array:
-        """The low-rank part as a full weight: [*stack, *inputs, *outputs]."""
+        """The low-rank part as a full weight, float32: [*stack, *inputs, *outputs]."""
         stack = self.scale.shape
-        a = self.a.reshape(*stack, -1, self.a.shape[-1])
-        b = self.b.reshape(*stack, self.b.shape[len(stack)], -1)
+        a = self.a.reshape(*stack, -1, self.a.shape[-1]).astype(jnp.float32)
+        b = self.b.reshape(*stack, self.b.shape[len(stack)], -1).astype(jnp.float32)
         scale = self.scale.reshape(*stack, 1, 1)
         inputs, outputs = self.a.shape[len(stack) : -1], self.b.shape[len(stack) + 1 :]
         return (scale * (a @ b)).reshape(*stack, *inputs, *outputs)
@@ -154,7 +159,7 @@ class Stack:
     def dropout(self) -> float:
         return 0.0
 
-    def gain(self, w: Weight) -> None:
+    def gain(self, w: Weight, dtype: Any) -> None:
         """There is no magnitude: see `several`."""
 
     def __call__(self, eqn: str, x: Array) -> Array:
@@ -175,7 +180,7 @@ class Stack:
         h = jnp.where(factors == 0, jnp.zeros((), x.dtype), h * factors)
         return jnp.einsum(up, h, self.b.astype(x.dtype))
 
-    def folded(self, eqn: str, x: Array, w: Weight) -> Array:
+    def folded(self, eqn: str, x: Array, w: Weight, gain: Array | None = None) -> Array:
         """As `Delta.folded`; there is no one weight to fold into, so two products."""
         return project(eqn, x, w) + self(eqn, x)
 

@@ -26,6 +26,7 @@ def lora_config(**changes: Any) -> SimpleNamespace:
         "rank_pattern": "",
         "alpha_pattern": "",
         "use_rslora": False,
+        "use_dora": False,
         "dropout": 0.0,
     }
     return SimpleNamespace(**(values | changes))

@@ -12,6 +12,7 @@ import numpy as np
 from configs import sft
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.loading import load_base, open_base
+from ftjax.methods.dora import with_magnitudes
 from ftjax.methods.lora import init_lora, plan_lora
 from ftjax.methods.method import plan_method
 from ftjax.models.decoder import Decoder
@@ -61,20 +62,20 @@ def _trained(base: Any, method: dict[str, Any], seed: int) -> Any:
         noise = rng.normal(0, 0.05 if seed else 0, leaf.shape)
         return jnp.asarray(np.asarray(leaf) + noise.astype(np.float32))
 
+    how = plan_method(Decoder(base.spec), SimpleNamespace(**method))
     if method["name"] == "full":
         return jax.tree.map(moved, load_base(base, jnp.float32, make_mesh()))
     if method["name"] != "lora":
         loaded = load_base(base, jnp.float32, make_mesh())
-        plan_of_it = plan_method(Decoder(base.spec), SimpleNamespace(**method))
-        return jax.tree.map(moved, plan_of_it.start(loaded, seed)[0])
+        return jax.tree.map(moved, how.start(loaded, seed)[0])
     plan = plan_lora(find_sites(Decoder(base.spec)), SimpleNamespace(**method))
     lora = init_lora(plan, seed)
+    if method.get("use_dora"):
+        lora = with_magnitudes(lora, plan, load_base(base, jnp.float32, make_mesh()))
     is_delta = {"is_leaf": lambda leaf: hasattr(leaf, "dense")}
     beside = {}
     if method.get("also_train"):
         loaded = load_base(base, jnp.float32, make_mesh())
-        plan_of_it = plan_method(Decoder(base.spec), SimpleNamespace(**method))
-        params = plan_of_it.start(loaded, seed)[0]["params"]
-        beside = {"params": jax.tree.map(moved, params)}
+        beside = {"params": jax.tree.map(moved, how.start(loaded, seed)[0]["params"])}
     lora = jax.tree.map(lambda d: d.replace(b=moved(d.b)), lora, **is_delta)
-    return {"lora": lora, **beside}
+    return how.stored({"lora": lora, **beside})

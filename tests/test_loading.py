@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import sft
 from ftjax.checkpoints.peft import save_adapter
 from ftjax.errors import UserError
+from ftjax.export import write_adapter
 from ftjax.loading import load_base, open_base, open_policy
+from ftjax.memory import estimate
 from ftjax.methods.lora import merge
+from ftjax.prepare import load_variables, prepare_shape
 from ftjax.sharding import make_mesh
+from ftjax.switch import with_adapter
 from tests.runs import make_run
 from tests.tiny import IM_END, make_tiny_checkpoint
 
@@ -49,6 +54,51 @@ def test_weights_are_split_over_the_mesh(tiny_llama: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, one, four)
     narrow = load_base(base, jnp.bfloat16, make_mesh())["params"]
     assert narrow["norm"]["scale"].dtype == jnp.dtype(jnp.bfloat16)
+
+
+def test_a_dora_run_and_its_adapter_are_one_policy(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {"use_dora": True, "rank": 3, "dtype": "bfloat16"}
+    run = make_run(tmp_path / "run", tiny_llama, **values)
+    policy = open_policy(workdir=str(run), **quiet)
+    write_adapter(tmp_path / "out", policy)
+    wanted, again = logits(policy), str(tmp_path / "out")
+    other = open_policy(model=str(tiny_llama), adapter=again, **quiet)
+    np.testing.assert_allclose(logits(other), wanted, atol=1e-5)
+    base = open_policy(model=str(tiny_llama), **quiet)
+    assert np.abs(wanted - logits(base)).max() > 0.01
+    switched = with_adapter(base, again, **quiet)
+    np.testing.assert_allclose(logits(switched), wanted, atol=1e-5)
+    with pytest.raises(UserError, match="cannot be combined") as error:
+        with_adapter(base, again, "0.5", **quiet)
+    assert "DoRA" in error.value.screen()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_norms_and_head_have_a_dtype_of_their_own(tied: bool, tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model", tie_word_embeddings=tied)
+    base, mesh = open_base(str(folder)), make_mesh()
+    config = sft.get_config(f"model={folder},method=lora")
+    config.model.update(
+        {"param_dtype": "bfloat16", "norm_dtype": "float32", "head_dtype": "float32"}
+    )
+    shape = prepare_shape(config, base, mesh)
+    _, frozen = load_variables(config, base, shape, mesh)
+    exact = dict(jax.tree.leaves_with_path(load_base(base, jnp.float32, mesh)))
+    wide = set()
+    for path, leaf in jax.tree.leaves_with_path(frozen):
+        _, *names = (key.key for key in path)
+        if leaf.dtype == jnp.float32:
+            wide.add("norms" if names[-1] == "scale" else names[0])
+            np.testing.assert_array_equal(leaf, exact[path])
+        else:
+            assert leaf.dtype == jnp.bfloat16 and names[-1] != "scale"
+    assert wide == {"norms", "embed_tokens" if tied else "lm_head"}
+    sizes = estimate(config, shape, 16, mesh)
+    assert sizes["frozen weights"] == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(frozen)
+    )
 
 
 def test_base_hash_is_of_the_weights_alone(tiny_llama: Path, tmp_path: Path) -> None:

@@ -22,11 +22,15 @@ SPEC = ModelSpec("llama", 512, 64, 4, 4, 2, 16, 160, tied=True)
 ROWS, LENGTH = 16, 128
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("method", "remat"),
+    [(m, r) for m in ("lora", "full") for r in ("none", "dots", "full")]
+    + [("dora", "none"), ("dora", "dots")],
+)
 def test_estimate_bounds_the_compiled_step(method: str, remat: str) -> None:
     model = Decoder(SPEC, remat=remat)
-    settings = lora_config(name=method, rank=8, init="kaiming")
+    name = "lora" if method == "dora" else method
+    settings = lora_config(name=name, rank=8, init="kaiming", use_dora=method == "dora")
     plan = plan_method(model, settings)
     trained, frozen = jax.eval_shape(
         lambda p: plan.start({"params": p}, 0), abstract_params(model)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -31,13 +32,13 @@ from ftjax.errors import UserError
 from ftjax.models.config_reader import say
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import Weight, model_weights
+from ftjax.models.proj import put as set_leaf
 from ftjax.models.spec import ModelSpec
 from ftjax.quant.formats import Format
 from ftjax.quant.qtensor import QTensor, abstract, pack, quantize
 
 __all__ = [
     "Weights",
-    "check_vocab",
     "find_model",
     "load_params",
     "open_weights",
@@ -215,27 +216,11 @@ def _check_names(
         )
 
 
-def check_vocab(spec: ModelSpec, tokenizer_size: int, where: str) -> None:
-    """The embedding must have a row for every token; spare rows are fine.
-
-    Args:
-      tokenizer_size: one more than the largest token id.
-      where: the model, named in the error.
-    """
-    if tokenizer_size > spec.vocab_size:
-        raise UserError(
-            "the tokenizer has more tokens than the model",
-            where=where,
-            expected=f"at most {spec.vocab_size:,} tokens (vocab_size)",
-            got=f"{tokenizer_size:,} tokens",
-            fix="use the tokenizer that was published with the model",
-        )
-
-
 def load_params(
     weights: Weights,
     *,
     dtype: str,
+    dtypes: Mapping[LeafPath, str] | None = None,
     put: Put | None = None,
     formats: Mapping[LeafPath, Format] | None = None,
     note: Note = say,
@@ -245,6 +230,7 @@ def load_params(
     Args:
       weights: from `open_weights`; its `spec` describes the tree that comes back.
       dtype: 'float32' or 'bfloat16'.
+      dtypes: of single leaves, by path, instead.
       put: (path, host array of that dtype) -> array on its devices; `jax.device_put`
         where it is None. The host array is not used again.
       formats: of the projections, by path, that are quantized while they are read:
@@ -263,24 +249,22 @@ def load_params(
             got=repr(dtype),
         )
     plan = {**(formats or {}), **weights.formats}
-    tell_policy(weights, dtype, plan, note)
+    own = dtypes or {}
+    tell_policy(weights, dtype, plan, note, own)
     check_sums(weights.folder, (tensor.file for tensor in weights.tensors.values()))
     tree: dict[str, Any] = {}
     for path, weight in model_weights(weights.spec).items():
         fmt = plan.get(path[:-1]) if path[-1] == "w" else None
         host: Any
         if fmt is None:
-            host = _floats(weights, weight, DTYPES[dtype], note)
+            host = _floats(weights, weight, DTYPES[own.get(path, dtype)], note)
         else:
             host = _codes(weights, weight, fmt, note)
         leaf = jax.device_put(host) if put is None else put(path, host)
         # Transfers run behind our back: wait, or the host copies pile up.
         jax.block_until_ready(leaf)
         del host
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
+        set_leaf(tree, path, leaf)
     return tree
 
 
@@ -333,22 +317,26 @@ def read_plain(
 
 
 def tell_policy(
-    weights: Weights, dtype: str, plan: Mapping[LeafPath, Format], note: Note
+    weights: Weights,
+    dtype: str,
+    plan: Mapping[LeafPath, Format],
+    note: Note,
+    own: Mapping[LeafPath, str] = MappingProxyType({}),
 ) -> None:
     """One line for each stored dtype that the wanted one cannot hold exactly.
 
     Of what stays floating point; codes are made from float32.
     """
-    exact = {"float32": ("F32", "BF16", "F16"), "bfloat16": ("BF16",)}[dtype]
+    exact = {"float32": ("F32", "BF16", "F16"), "bfloat16": ("BF16",)}
     stored = Counter(
-        weights.tensors[name].dtype
+        (weights.tensors[name].dtype, own.get(path, dtype))
         for path, weight in model_weights(weights.spec).items()
         if path[-1] != "w" or path[:-1] not in plan
         for name in weight.names
     )
-    for name, count in stored.items():
-        if name not in exact:
-            note(f"{weights.folder}: {count} {name} tensors are rounded to {dtype}")
+    for (name, wanted), count in stored.items():
+        if name not in exact[wanted]:
+            note(f"{weights.folder}: {count} {name} tensors are rounded to {wanted}")
 
 
 # The bits of the exponent: all of them set means NaN or infinity.

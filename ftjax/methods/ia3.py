@@ -139,4 +139,5 @@ def _times(w: jax.Array, factor: jax.Array, *, left: bool) -> jax.Array:
     layers, *rest = factor.shape
     gap = [1] * (w.ndim - factor.ndim)
     shape = (layers, *rest, *gap) if left else (layers, *gap, *rest)
-    return (w.astype(jnp.float32) * factor.reshape(shape)).astype(w.dtype)
+    factor = factor.reshape(shape).astype(jnp.float32)
+    return (w.astype(jnp.float32) * factor).astype(w.dtype)

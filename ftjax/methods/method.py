@@ -19,7 +19,7 @@ from ftjax.methods.dora import with_magnitudes
 from ftjax.methods.freeze import plan_freeze, train_also
 from ftjax.methods.ia3 import plan_ia3
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, lora_shapes, plan_lora
-from ftjax.methods.parts import Method, Part, PyTree, Row, master
+from ftjax.methods.parts import Method, Part, PyTree, Row, in_dtype, master
 from ftjax.methods.vera import plan_vera
 from ftjax.methods.virtual import plan_prefix, plan_prompt
 from ftjax.models.decoder import Decoder
@@ -33,6 +33,9 @@ def plan_method(model: Decoder, config: Any) -> Method:
       UserError: a target without a match, a rank that does not fit.
     """
     method = METHODS[config.name](model, find_sites(model), config)
+    dtype = getattr(config, "dtype", "float32")
+    if dtype != "float32":
+        method = in_dtype(method, dtype)
     return train_also(method, model, getattr(config, "also_train", ""))
 
 

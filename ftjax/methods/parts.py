@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One trained collection by its shapes, float32, and their logical axes."""
+    """One trained collection by its shapes, the dtypes of storage, and its axes."""
 
     shapes: PyTree
     axes: PyTree
@@ -71,7 +71,12 @@ class Method:
 
     def start(self, base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
         """(trained, frozen) at the start of a run."""
-        return self.init(base, seed), self.rest(base)
+        return self.stored(self.init(base, seed)), self.rest(base)
+
+    def stored(self, trained: PyTree) -> PyTree:
+        """What is trained, in the dtypes that it is stored in."""
+        shapes = {name: part.shapes for name, part in self.parts.items()}
+        return jax.tree.map(lambda x, s: x.astype(s.dtype), trained, shapes)
 
     @property
     def count(self) -> int:
@@ -80,6 +85,23 @@ class Method:
             return sum(row.trained for row in self.rows)
         shapes = jax.tree.leaves([part.shapes for part in self.parts.values()])
         return sum(math.prod(leaf.shape) for leaf in shapes)
+
+
+def in_dtype(method: Method, dtype: str) -> Method:
+    """The method with all that is new in it stored, and updated, in a dtype.
+
+    A scale is not trained, and stays what it is.
+    """
+
+    def shape(path: Any, leaf: Any) -> Any:
+        fixed = getattr(path[-1], "name", "") == "scale"
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if fixed else dtype)
+
+    parts = {
+        name: replace(part, shapes=jax.tree_util.tree_map_with_path(shape, part.shapes))
+        for name, part in method.parts.items()
+    }
+    return replace(method, parts=parts)
 
 
 def master(weight: jax.Array) -> jax.Array:

@@ -51,7 +51,11 @@ def begin_with(method: Method, ids: Sequence[int]) -> Method:
         raise UserError("the text has no tokens", where="config.method.text")
     n = method.parts["prompt"].shapes["tokens"].shape[0]
     chosen = [ids[i % len(ids)] for i in range(n)]
-    return replace(method, init=lambda base, seed: _embedded(base, chosen))
+
+    def init(base: PyTree, seed: int) -> PyTree:
+        return {**method.init(base, seed), **_embedded(base, chosen)}
+
+    return replace(method, init=init)
 
 
 def _embedded(base: PyTree, ids: list[int]) -> PyTree:

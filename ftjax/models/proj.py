@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ftjax.gradients import Weight, keep, project
+from ftjax.gradients import Weight, keep, project, scaled
 from ftjax.models.vera import Pair, Vera, with_pair
 from ftjax.weights import Array, Delta, Stack
 
@@ -74,16 +74,15 @@ class Proj(nn.Module):
         seen = x  # by the update
         if isinstance(delta, Delta) and delta.dropout > 0 and self.has_rng("dropout"):
             seen = delta.drop(x, self.make_rng("dropout"))
-        gain = delta.gain(self.w)
+        gain = delta.gain(self.w, x.dtype)
         if gain is None and seen is not x:
             return keep(project(self.eqn, x, self.w) + delta(self.eqn, seen))
         tokens = x.size // math.prod(self.shape[: site_inputs(self.eqn)])
         if x.dtype == jnp.float32 and tokens >= FOLD:
-            y = keep(delta.folded(self.eqn, seen, self.w))
+            y = delta.folded(self.eqn, seen, self.w, gain)
         else:
             y = keep(project(self.eqn, seen, self.w) + delta(self.eqn, seen))
-        if gain is not None:
-            y = _times(y, gain)
+            y = y if gain is None else scaled(y, gain)
         if seen is not x:
             # As in PEFT: what dropout has changed is not the magnitude's.
             y = y + keep(project(self.eqn, x - seen, self.w))
@@ -99,13 +98,7 @@ class Proj(nn.Module):
     def _scaled(self, x: Array, side: str) -> Array:
         """x times the vector of a side, if there is one."""
         factor = self.get_variable("ia3", side)
-        return x if factor is None else _times(x, factor)
-
-
-def _times(x: Array, factor: Array) -> Array:
-    """x [..., *last] times a factor [*last], in float32: bfloat16 rounds 1.001 to 1."""
-    factor = jnp.expand_dims(factor, tuple(range(x.ndim - factor.ndim)))
-    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+        return x if factor is None else scaled(x, factor.astype(jnp.float32))
 
 
 def site_inputs(eqn: str) -> int:

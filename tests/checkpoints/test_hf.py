@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from ftjax.checkpoints.files import SINGLE
-from ftjax.checkpoints.hf import check_vocab, load_params, read_config, save_params
+from ftjax.checkpoints.hf import load_params, read_config, save_params
 from ftjax.errors import UserError
+from ftjax.loading import check_vocab
 from ftjax.models.names import model_weights
 from tests.checkpoints.stored import (
     CONFIG,

@@ -127,9 +127,9 @@ def test_a_run_begins_nearer_to_its_float_base(tmp_path: Path) -> None:
     batch = small_batch(4, 12)
     rows = [jnp.asarray(batch[n]) for n in ("tokens", "positions", "segments")]
 
-    def distance(init: str) -> Any:
+    def distance(init: str, dora: bool = False) -> Any:
         config = settings(folder)
-        config.method.init = init
+        config.method.update({"init": init, "use_dora": dora})
         shape = prepare_shape(config, base, mesh)
         trained, frozen = load_variables(config, base, shape, mesh)
         logits = shape.model.apply({**frozen, **trained}, *rows, method="logits")
@@ -139,6 +139,8 @@ def test_a_run_begins_nearer_to_its_float_base(tmp_path: Path) -> None:
     floats = Decoder(base.spec).apply(whole, *rows, method="logits")
     (near, frozen), (far, codes) = distance("loftq"), distance("kaiming")
     assert near < 0.9 * far
+    # A magnitude begins as the length of the codes with their update.
+    assert distance("loftq", dora=True)[0] == pytest.approx(near, rel=1e-3)
     # The codes are those of any other run: a checkpoint of this one finds them again.
     jax.tree.map(np.testing.assert_array_equal, frozen, codes)
 
