@@ -115,7 +115,9 @@ def method_config(name: str) -> ConfigDict:
         method.rank_pattern = ""  # regex=rank,...: the first that matches wins
         method.alpha_pattern = ""
         method.use_rslora = False  # scale alpha / sqrt(rank)
-        method.init = "kaiming"  # kaiming, gaussian; loftq: of a quantized base
+        method.init = "kaiming"  # kaiming, gaussian, a_zero; of the weights: pissa,
+        # olora, and loftq, which wants a quantized base
+        method.loftq_iters = 1  # of loftq: more change the codes of the base too
     if name == "freeze":
         method.layers = 1  # the last ones; 0: none
         method.pattern = ""  # regexes of other weights: lm_head,.*norm

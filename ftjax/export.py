@@ -28,21 +28,16 @@ from ftjax import cli
 from ftjax.checkpoints import gguf
 from ftjax.checkpoints.folder import refuse_existing, write_folder
 from ftjax.checkpoints.hf import save_params
-from ftjax.checkpoints.peft import is_zero
-from ftjax.checkpoints.peft_others import KINDS, adapter_kind, save_any
+from ftjax.checkpoints.peft_others import KINDS, adapter_kind, idle, save_any
 from ftjax.checkpoints.quant_save import save_quantized
 from ftjax.console import count, say
 from ftjax.data.tokenizer import FILES
 from ftjax.errors import UserError
-from ftjax.loading import (
-    Base,
-    Policy,
-    open_policy,
-    public_name,
-)
+from ftjax.loading import Base, Policy, open_policy, public_name
 from ftjax.merged import kinds, measure_change, merged_params, tell_change, tree_reader
 from ftjax.methods.lora import LoraPlan
 from ftjax.methods.quant import Plan, plan_quant
+from ftjax.methods.residual import beyond
 from ftjax.models.proj import find_sites
 from ftjax.quant.formats import NAMES
 from ftjax.run_folder import read_run_config
@@ -201,22 +196,23 @@ def write_adapter(out: Path, policy: Policy) -> None:
             fix="--to=merged writes the whole model",
         )
     tree = variables[kind]
-    idle = {"lora": "its B is zero", "ia3": "its factors are one"}.get(kind, "")
-    ones = kind == "ia3" and all(bool(jnp.all(x == 1)) for x in jax.tree.leaves(tree))
-    if ones or (kind == "lora" and is_zero(tree)):
+    if why := idle(kind, tree, policy.origin):
         raise UserError(
-            f"the adapter changes nothing: {idle} everywhere",
+            f"the adapter changes nothing: {why}",
             where=policy.label,
             fix="train it first",
         )
+    facts = _adapter_facts(kind, tree, plan)
+    if "quant" in variables:
+        # LoftQ's update holds the error of the codes: over floats it is no use.
+        facts["trained over"] = f"the base as {kinds(variables['quant'])}"
+    if policy.origin is not None and plan is not None:
+        tree, plan = beyond(tree, plan, policy.origin)
+        facts["written as"] = "a plain update of the published base, of twice the rank"
 
     def fill(folder: Path) -> None:
-        sites = find_sites(policy.model)
-        save_any(folder, variables, plan, sites, public_name(base), base.hash or None)
-        facts = _adapter_facts(kind, tree, plan)
-        if "quant" in variables:
-            # LoftQ's update holds the error of the codes: over floats it is no use.
-            facts["trained over"] = f"the base as {kinds(variables['quant'])}"
+        sites, name = find_sites(policy.model), public_name(base)
+        save_any(folder, {kind: tree}, plan, sites, name, base.hash or None)
         write_rest(folder, policy, facts, "peft")
 
     write_folder(out, fill)

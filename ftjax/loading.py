@@ -5,7 +5,7 @@ configuration is executed.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -34,7 +34,10 @@ from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError, require_regular
 from ftjax.methods.lora import LoraPlan
 from ftjax.methods.method import plan_method
+from ftjax.methods.parts import Method
 from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
+from ftjax.methods.residual import Change
+from ftjax.methods.several import Update
 from ftjax.methods.virtual import virtual_count
 from ftjax.models.config_reader import say
 from ftjax.models.decoder import Decoder
@@ -105,6 +108,8 @@ class Policy:
       step: of the run's checkpoint, or None.
       chat: whether the run was trained on conversations.
       adapters: those that were read for the base, by name.
+      origin: the update at the start of a run that took it off its base: `variables`
+        has what was left.
     """
 
     base: Base
@@ -116,6 +121,7 @@ class Policy:
     step: int | None = None
     chat: bool = False
     adapters: Known = field(default_factory=dict)
+    origin: Update | None = None
 
 
 def open_base(
@@ -159,6 +165,7 @@ def load_base(
     mesh: Mesh,
     *,
     formats: Plan | None = None,
+    changes: Mapping[tuple[str, ...], Change] | None = None,
     note: Note = say,
 ) -> dict[str, PyTree]:
     """{'params': ..., 'quant': ...}: on their devices, split by their logical axes.
@@ -167,6 +174,7 @@ def load_base(
       dtype: of what stays floating point.
       formats: of the projections that are quantized while they are read; 'quant' is
         there if any are, or if the base is stored quantized.
+      changes: of projections: what to keep, or quantize, in place of a weight.
       note: told what is worth knowing about the weights.
     """
     if base.weights is None:
@@ -190,7 +198,9 @@ def load_base(
         return leaf
 
     name = jnp.dtype(dtype).name
-    params = load_params(base.weights, dtype=name, put=place, formats=plan, note=note)
+    params = load_params(
+        base.weights, dtype=name, put=place, formats=plan, changes=changes, note=note
+    )
     if not plan:
         return {"params": params}
     return {"params": without(params, plan), "quant": quant}
@@ -289,11 +299,12 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         name: _like(part.shapes, part.axes, mesh) for name, part in method.parts.items()
     }
     trained = saved.restore(step, {"trained": like}, partial=True)["trained"]
+    origin = None
     if method.whole:
         variables = jax.tree.map(lambda w: w.astype(dtype), trained)
     else:
         formats = run_formats(config, decoder)
-        loaded = load_base(base, dtype, mesh, formats=formats, note=note)
+        loaded, origin = _load_left(method, base, dtype, mesh, formats, note)
         variables = join(method.rest(loaded), trained)
     return Policy(
         base,
@@ -304,7 +315,29 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         base.spec.max_positions - virtual_count(method),
         step,
         bool(meta.get("chat")),
+        origin=origin,
     )
+
+
+def _load_left(
+    method: Method, base: Base, dtype: Any, mesh: Mesh, formats: Plan, note: Note
+) -> tuple[PyTree, Update | None]:
+    """The base of a run as the run had it, and the update that it took off, if any.
+
+    In another dtype than the run's what is left is rounded to that one, as every base.
+    """
+    begun = None
+    if method.begin is not None:
+        begun = method.begin(formats, stored_formats(base))
+        begun = begun if begun.moves else None
+    changes = begun.changes if begun is not None else None
+    loaded = load_base(base, dtype, mesh, formats=formats, changes=changes, note=note)
+    return loaded, None if begun is None else begun.update
+
+
+def stored_formats(base: Base) -> Plan:
+    """Of the weights whose files hold codes."""
+    return base.weights.formats if base.weights is not None else {}
 
 
 def _like(shapes: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:

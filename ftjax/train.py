@@ -32,6 +32,8 @@ from ftjax.evals.causal import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
 from ftjax.loading import Base, public_name
 from ftjax.losses.causal_lm import Sums, causal_lm
+from ftjax.methods.residual import beyond
+from ftjax.methods.several import Update
 from ftjax.metrics import MetricLog
 from ftjax.models.decoder import Decoder, hidden_and_head
 from ftjax.models.proj import find_sites
@@ -92,7 +94,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             "base_hash": base.hash,
         }
         first = resume_point(checkpoints, identity)
-        trained, frozen = load_variables(config, base, shape, mesh)
+        trained, frozen, origin = load_variables(config, base, shape, mesh)
         folder.save_config(settings)  # no bad input can be found from here on
         if stop.requested and not first:
             raise Stopped("stopped before the first step: there is nothing to save")
@@ -159,7 +161,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                         "the same command continues"
                     )
                 clock.restart()
-        finish(folder, base, shape, state, checkpoints)
+        finish(folder, base, shape, state, checkpoints, origin)
         return describe.result(folder.path, steps, meta["chat"])
 
 
@@ -340,8 +342,12 @@ def finish(
     shape: Shape,
     state: TrainState,
     checkpoints: Checkpoints,
+    origin: Update | None,
 ) -> None:
-    """Leaves the report, and the adapter of the best step, or of the last."""
+    """Leaves the report, and the adapter of the best step, or of the last.
+
+    The adapter is one of the base as it is published, whatever the run took off it.
+    """
     step = checkpoints.best() or checkpoints.latest()
     alone = len(state.trained) == 1 and adapter_kind(state.trained)
     if alone and step is not None:
@@ -349,10 +355,14 @@ def finish(
         if step != int(state.step):
             like = {"trained": trained}
             trained = checkpoints.restore(step, like, partial=True)["trained"]
+        plan = shape.method.lora
+        if origin is not None and plan is not None:
+            learned = beyond(trained["lora"], plan, origin)
+            trained, plan = {"lora": learned.lora}, learned.plan
         save = partial(
             save_any,
             variables=trained,
-            plan=shape.method.lora,
+            plan=plan,
             sites=find_sites(shape.model),
             base_name=public_name(base),
             base_hash=checkpoints.meta(step)["base_hash"],

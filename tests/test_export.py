@@ -70,6 +70,31 @@ def test_an_adapter(run: Path, tiny_llama: Path, tmp_path: Path, call: Any) -> N
     }
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_was_taken_off_its_base(
+    init: str, tiny_llama: Path, tmp_path: Path, call: Any
+) -> None:
+    """Of twice the rank, over the published base; merged, it is the same model."""
+    rank: dict[str, Any] = {
+        "rank": 3,
+        "rank_pattern": "down_proj=2",
+        "use_rslora": True,
+    }
+    run = make_run(tmp_path / "run", tiny_llama, init=init, **rank)
+    wanted = logits(workdir=str(run))
+    out, merged = tmp_path / "adapter", tmp_path / "merged"
+    call(f"--workdir={run}", "--to=peft", f"--out={out}")
+    again = logits(model=str(tiny_llama), adapter=str(out))
+    np.testing.assert_allclose(again, wanted, atol=5e-5)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["r"] == 6 and config["rank_pattern"] == {"down_proj": 4}
+    assert config["init_lora_weights"] is True and not config["use_rslora"]
+    assert "twice the rank" in (out / "README.md").read_text()
+    call(f"--workdir={run}", "--to=merged", "--dtype=float32", f"--out={merged}")
+    np.testing.assert_allclose(logits(model=str(merged)), wanted, atol=5e-5)
+    assert np.abs(logits(model=str(tiny_llama)) - wanted).max() > 0.05
+
+
 @pytest.mark.parametrize("method", ["ia3", "prompt", "prefix"])
 def test_other_adapters(
     method: str, tiny_llama: Path, tmp_path: Path, call: Any

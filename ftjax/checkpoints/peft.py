@@ -217,9 +217,9 @@ def load_adapter(folder: FilePath, sites: Mapping[Path, Site]) -> Adapter:
 
 
 def is_zero(lora: Any) -> bool:
-    """Whether every `b` is zero, so that the adapter changes nothing."""
+    """Whether every `a` or `b` is zero, so that the adapter changes nothing."""
     deltas = jax.tree.leaves(lora, is_leaf=lambda leaf: isinstance(leaf, Delta))
-    return not any(bool(jnp.any(delta.b != 0)) for delta in deltas)
+    return not any(bool(jnp.any(d.a != 0)) and bool(jnp.any(d.b != 0)) for d in deltas)
 
 
 def read_tensors(folder: FilePath) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
+import jax
 import numpy as np
 
 from ftjax.checkpoints import peft
@@ -21,6 +22,8 @@ from ftjax.checkpoints.peft_config import CONFIG, refuse, targeted
 from ftjax.checkpoints.tensors import FLOATS, Entry, Tensor, write_tensors
 from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan
+from ftjax.methods.residual import unmoved
+from ftjax.methods.several import Update
 from ftjax.models.proj import HEAD, INPUTS, OUTPUTS, Path, Site, put, site_names
 from ftjax.models.spec import ModelSpec
 
@@ -69,6 +72,16 @@ class Adapter:
 def adapter_kind(names: Any) -> str | None:
     """The collection of some variables, or trained parts, that PEFT has files for."""
     return next((kind for kind in KINDS if kind in names), None)
+
+
+def idle(kind: str, tree: Any, origin: Update | None) -> str:
+    """Why an adapter that began as `origin`, if it did, changes nothing; else empty."""
+    if kind == "ia3" and all(bool(np.all(x == 1)) for x in jax.tree.leaves(tree)):
+        return "its factors are one everywhere"
+    if kind == "lora" and unmoved(tree, origin):
+        return "it is as it began"
+    zero = kind == "lora" and peft.is_zero(tree)
+    return "its A or B is zero everywhere" if zero else ""
 
 
 def save_any(

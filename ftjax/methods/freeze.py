@@ -132,7 +132,8 @@ def _with_params(method: Method, model: Decoder, pick: Pick) -> Method:
 
     parts = {**method.parts, "params": part}
     rows = [*method.rows, *rows]
-    return replace(method, parts=parts, init=init, rest=rest, rows=rows)
+    changed = replace(method, parts=parts, init=init, rest=rest, rows=rows)
+    return replace(changed, frozen_is_base=False)
 
 
 def _label(path: LeafPath) -> str:

@@ -10,6 +10,7 @@ A method is a function here or in a file beside this one, and a line of `METHODS
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,11 +18,16 @@ import jax
 from ftjax.methods.bottleneck import plan_bottleneck
 from ftjax.methods.freeze import plan_freeze, train_also
 from ftjax.methods.ia3 import plan_ia3
+from ftjax.methods.loftq import begin_loftq
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, lora_shapes, plan_lora
 from ftjax.methods.parts import Method, Part, PyTree, Row, master
+from ftjax.methods.quant import Plan
+from ftjax.methods.residual import Beginning, begin_residual
 from ftjax.methods.virtual import plan_prefix, plan_prompt
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import Path, Site, abstract_params, find_sites, params_axes
+
+FROM_WEIGHTS = ("pissa", "olora", "loftq")
 
 
 def plan_method(model: Decoder, config: Any) -> Method:
@@ -39,17 +45,29 @@ def _full(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
         return jax.tree.map(master, base)
 
     part = Part(abstract_params(model), params_axes(model))
-    return Method("full", {"params": part}, init, lambda base: {}, whole=True)
+    method = Method("full", {"params": part}, init, lambda base: {}, whole=True)
+    return replace(method, frozen_is_base=False)
 
 
 def _lora(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
     plan = plan_lora(sites, config)
+    kind = getattr(config, "init", "kaiming")
+    turns = getattr(config, "loftq_iters", 1)  # runs from before there were more
+
+    def begin(formats: Plan, stored: Plan) -> Beginning:
+        if kind == "loftq":
+            return begin_loftq(plan, formats, stored, turns)
+        return begin_residual(kind, plan, stored)
 
     def init(base: PyTree, seed: int) -> PyTree:
-        return {"lora": init_lora(plan, seed, config.init)}
+        return {"lora": init_lora(plan, seed, kind)}
 
     part = Part(lora_shapes(plan), lora_axes(plan))
-    return Method("lora", {"lora": part}, init, rows=_lora_rows(plan), lora=plan)
+    method = Method("lora", {"lora": part}, init, rows=_lora_rows(plan), lora=plan)
+    if kind not in FROM_WEIGHTS:
+        return method
+    whole = kind == "loftq" and turns == 1
+    return replace(method, begin=begin, frozen_is_base=whole)
 
 
 METHODS: dict[str, Callable[[Decoder, Mapping[Path, Site], Any], Method]] = {

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import sft
 from ftjax.config import validate
 from ftjax.errors import UserError
 from ftjax.loading import load_base, open_base
-from ftjax.methods.loftq import fit_errors, nearest
+from ftjax.methods.loftq import begin_loftq
 from ftjax.methods.lora import init_lora, merge, plan_lora
 from ftjax.methods.quant import dequantize
+from ftjax.methods.residual import nearest
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites
 from ftjax.prepare import load_variables, prepare_shape
@@ -52,16 +54,18 @@ def test_a_start_is_pefts_whatever_the_scale(scale: float) -> None:
 def fitted(params: Any, base: Any, **changes: Any) -> tuple[Any, Any]:
     """(collection at LoftQ's start, the one that it came from)."""
     plan = plan_lora(find_sites(small_model()[0]), lora_config(**changes))
-
-    def read(path: tuple[str, ...], layer: int) -> np.ndarray:
+    flat = flatten_dict(base["quant"])
+    begun = begin_loftq(plan, {path[:-1]: q.format for path, q in flat.items()}, {}, 1)
+    for path, change in begun.changes.items():
         leaf = params
         for name in (*path, "w"):
             leaf = leaf[name]
         inputs = int(np.prod(plan.sites[path].site.inputs))
-        return np.asarray(leaf[layer]).reshape(inputs, -1).T
-
+        for layer, w in enumerate(leaf):
+            w_OI = np.asarray(w).reshape(inputs, -1).T
+            np.testing.assert_array_equal(change(layer, w_OI), w_OI)
     lora = init_lora(plan, 0, "loftq")
-    return fit_errors(lora, plan, base["quant"], read), lora
+    return begun.fill(lora), lora
 
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -131,7 +135,8 @@ def test_a_run_begins_nearer_to_its_float_base(tmp_path: Path) -> None:
         config = settings(folder)
         config.method.init = init
         shape = prepare_shape(config, base, mesh)
-        trained, frozen = load_variables(config, base, shape, mesh)
+        trained, frozen, origin = load_variables(config, base, shape, mesh)
+        assert origin is None and shape.method.frozen_is_base
         logits = shape.model.apply({**frozen, **trained}, *rows, method="logits")
         return np.abs(np.asarray(logits - floats)).mean(), frozen
 
