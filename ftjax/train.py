@@ -359,6 +359,8 @@ def finish(
         if origin is not None and plan is not None:
             learned = beyond(trained["lora"], plan, origin)
             trained, plan = {"lora": learned.lora}, learned.plan
+            less = ", but for what rounding took of that" if shape.formats else ""
+            say(f"adapter/ is one of {base.name} as it is published{less}")
         save = partial(
             save_any,
             variables=trained,

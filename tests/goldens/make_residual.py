@@ -95,7 +95,7 @@ def run(base: Path, folder: Path, start: str, settings: dict[str, Any]) -> Any:
 
 
 def rounded(values: np.ndarray) -> list[Any]:
-    return values[:ROWS].round(6).tolist()
+    return values[:ROWS].astype(np.float64).round(6).tolist()
 
 
 if __name__ == "__main__":
