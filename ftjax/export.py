@@ -4,6 +4,7 @@
     python -m ftjax.export --workdir=RUN --to=merged --out=DIR [--dtype=float32]
     python -m ftjax.export --workdir=RUN --to=merged --out=DIR --requantize=nf4
     python -m ftjax.export --workdir=RUN --to=gguf --out=DIR [--dtype=q8_0]
+    python -m ftjax.export --workdir=RUN --to=pair --out=DIR     # see `pair`
 
 A quantized base is dequantized before the update is added, and the sum is written in 16
 bits: rounding it again to a few may lose what was learned. `--requantize` does so, and
@@ -39,6 +40,7 @@ from ftjax.methods.lora import LoraPlan
 from ftjax.methods.quant import Plan, plan_quant
 from ftjax.methods.residual import beyond
 from ftjax.models.proj import find_sites
+from ftjax.pair import write_pair
 from ftjax.quant.formats import NAMES
 from ftjax.run_folder import read_run_config
 from ftjax.workdir import require_space
@@ -57,8 +59,8 @@ def define(args: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "to",
         None,
-        ["peft", "merged", "gguf"],
-        "an adapter, a whole model, or that as one file for llama.cpp",
+        ["peft", "merged", "gguf", "pair"],
+        "adapter, whole model, that as a file for llama.cpp, quantized base + adapter",
         flag_values=args,
     )
     flags.DEFINE_string("out", "", "the folder to make", flag_values=args)
@@ -97,11 +99,13 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     elif args.to == "gguf":
         dtype = "f16" if args.dtype == "auto" else args.dtype
         found = write_gguf(out, policy, dtype)
+    elif args.to == "pair":
+        dtype = write_pair(out, policy, write_rest)
     else:
         dtype = args.dtype if args.dtype != "auto" else stored_dtype(policy)
         found = write_merged(out, policy, dtype, args if args.requantize else None)
     say(f"wrote {out}: {policy.label}, {dtype}")
-    size = sum(file.stat().st_size for file in out.iterdir())
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {
         "out": str(out),
         "to": args.to,
