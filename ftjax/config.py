@@ -180,7 +180,15 @@ def _check_init(config: Any) -> None:
             expected="init=loftq, or loftq_iters=1",
             got=f"init={init}, loftq_iters={method.loftq_iters}",
         )
-    if init not in ("pissa", "olora"):
+    taken = init in ("pissa", "olora")
+    if method.get("use_dora") and (taken or method.get("loftq_iters", 1) > 1):
+        raise UserError(
+            "DoRA's magnitudes are those of the base, which would be taken apart",
+            where=f"{key}, config.method.use_dora",
+            expected="use_dora=False, or an init that leaves the base alone",
+            got=f"init={init}, use_dora=True",
+        )
+    if not taken:
         return
     if config.model.from_scratch:
         raise UserError(

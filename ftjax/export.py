@@ -213,6 +213,8 @@ def write_adapter(out: Path, policy: Policy) -> None:
     if policy.origin is not None and plan is not None:
         tree, plan = beyond(tree, plan, policy.origin)
         facts["written as"] = "a plain update of the published base, of twice the rank"
+        if "quant" in variables:
+            facts["not in it"] = "what rounding took (--to=pair keeps all)"
 
     def fill(folder: Path) -> None:
         sites, name = find_sites(policy.model), public_name(base)

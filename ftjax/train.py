@@ -359,8 +359,9 @@ def finish(
         if origin is not None and plan is not None:
             learned = beyond(trained["lora"], plan, origin)
             trained, plan = {"lora": learned.lora}, learned.plan
-            less = ", but for what rounding took of that" if shape.formats else ""
-            say(f"adapter/ is one of {base.name} as it is published{less}")
+            say(f"adapter/ is one of {base.name} as it is published")
+            if shape.formats:
+                say("without what rounding took of it: export --to=pair keeps all")
         save = partial(
             save_any,
             variables=trained,

@@ -3,7 +3,7 @@
     method = plan_method(model, config.method)
     trained, frozen = method.start(base, seed)        # no array is in both
     model.apply(join(frozen, trained), ...)           # the policy
-    model.apply(frozen, ...)                          # the base, where it is whole
+    model.apply(frozen, ...)                          # the base, if `frozen_is_base`
 
 A method is a function here or in a file beside this one, and a line of `METHODS`.
 """

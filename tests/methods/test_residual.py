@@ -207,6 +207,7 @@ def test_what_cannot_be_taken_apart_is_refused(tiny_llama: Path) -> None:
     for key, value, match in (
         ("dropout", 0.1, "dropout would drop"),
         ("loftq_iters", 2, "not asked for"),
+        ("use_dora", True, "taken apart"),
     ):
         config = settings(tiny_llama, init="pissa")
         config.method[key] = value
