@@ -118,7 +118,9 @@ def method_config(name: str) -> ConfigDict:
         method.alpha_pattern = ""
         method.use_rslora = False  # scale alpha / sqrt(rank)
         method.use_dora = False  # each output's length is trained apart (DoRA)
-        method.init = "kaiming"  # kaiming, gaussian; loftq: of a quantized base
+        method.init = "kaiming"  # kaiming, gaussian, a_zero; of the weights: pissa,
+        # olora, and loftq, which wants a quantized base
+        method.loftq_iters = 1  # of loftq: more change the codes of the base too
     if name == "vera":
         method.rank = 256
         method.dropout = 0.0

@@ -56,7 +56,8 @@ RULES: dict[str, Range] = {
     "method.dropout": SHARE,
     "method.targets": NOT_EMPTY,
     "method.dtype": one_of("float32", "bfloat16"),
-    "method.init": one_of("kaiming", "gaussian", "loftq"),
+    "method.init": one_of("kaiming", "gaussian", "a_zero", "pissa", "olora", "loftq"),
+    "method.loftq_iters": AT_LEAST_1,
     "method.layers": AT_LEAST_0,
     "method.d_initial": POSITIVE,
     "method.projection_prng_key": AT_LEAST_0,
@@ -129,6 +130,7 @@ def validate(config: Any) -> None:
                 got=repr(value)[:100],
             )
     _contradictions(config)
+    _check_init(config)
     _check_optimizer(config)
 
 
@@ -141,14 +143,6 @@ def _contradictions(config: Any) -> None:
             where="config.method.name, config.quant.format",
             expected="method=qlora, or quant.format=none",
             got=f"method=full, format={config.quant.format}",
-        )
-    if not quantized and config.method.get("init") == "loftq":
-        raise UserError(
-            "LoftQ begins with the error of a quantization, and there is none",
-            where="config.method.init, config.quant.format",
-            expected="method=qlora, or quant.format=nf4, fp4, int8 or int4",
-            got="quant.format=none",
-            fix="--config.method.init=kaiming leaves the base as it is",
         )
     if quantized and config.model.from_scratch:
         raise UserError(
@@ -175,6 +169,52 @@ def _contradictions(config: Any) -> None:
         )
     if train.steps is not None and optim.warmup >= train.steps:
         raise _long_warmup(optim.warmup, train.steps)
+
+
+def _check_init(config: Any) -> None:
+    """What an update that is made of the weights asks of the rest."""
+    method = config.method
+    init, key = method.get("init"), "config.method.init"
+    if init == "loftq" and config.quant.format == "none":
+        raise UserError(
+            "LoftQ begins with the error of a quantization, and there is none",
+            where=f"{key}, config.quant.format",
+            expected="method=qlora, or quant.format=nf4, fp4, int8 or int4",
+            got="quant.format=none",
+            fix="--config.method.init=kaiming leaves the base as it is",
+        )
+    if init != "loftq" and method.get("loftq_iters", 1) != 1:
+        raise UserError(
+            "turns of LoftQ, which was not asked for",
+            where=f"{key}, config.method.loftq_iters",
+            expected="init=loftq, or loftq_iters=1",
+            got=f"init={init}, loftq_iters={method.loftq_iters}",
+        )
+    taken = init in ("pissa", "olora")
+    if method.get("use_dora") and (taken or method.get("loftq_iters", 1) > 1):
+        raise UserError(
+            "DoRA's magnitudes are those of the base, which would be taken apart",
+            where=f"{key}, config.method.use_dora",
+            expected="use_dora=False, or an init that leaves the base alone",
+            got=f"init={init}, use_dora=True",
+        )
+    if not taken:
+        return
+    if config.model.from_scratch:
+        raise UserError(
+            "there are no weights to begin with",
+            where=f"config.model.from_scratch, {key}",
+            expected="a model with weights, or init=kaiming",
+            got=f"init={init}",
+        )
+    if method.dropout > 0:
+        raise UserError(
+            "dropout would drop a part of the base, which begins in the update",
+            where=f"{key}, config.method.dropout",
+            expected=f"dropout=0 with {init}",
+            got=f"dropout={method.dropout}",
+            fix="--config.method.dropout=0",
+        )
 
 
 def _check_optimizer(config: Any) -> None:

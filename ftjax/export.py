@@ -4,6 +4,7 @@
     python -m ftjax.export --workdir=RUN --to=merged --out=DIR [--dtype=float32]
     python -m ftjax.export --workdir=RUN --to=merged --out=DIR --requantize=nf4
     python -m ftjax.export --workdir=RUN --to=gguf --out=DIR [--dtype=q8_0]
+    python -m ftjax.export --workdir=RUN --to=pair --out=DIR     # see `pair`
 
 A quantized base is dequantized before the update is added, and the sum is written in 16
 bits: rounding it again to a few may lose what was learned. `--requantize` does so, and
@@ -29,10 +30,10 @@ from ftjax.card import adapter_facts, model_card
 from ftjax.checkpoints import gguf
 from ftjax.checkpoints.folder import refuse_existing, write_folder
 from ftjax.checkpoints.hf import save_params
-from ftjax.checkpoints.peft import is_zero
 from ftjax.checkpoints.peft_others import (
     KINDS,
     adapter_kind,
+    idle,
     save_any,
     why_unsaved,
 )
@@ -40,16 +41,12 @@ from ftjax.checkpoints.quant_save import save_quantized
 from ftjax.console import count, say
 from ftjax.data.tokenizer import FILES
 from ftjax.errors import UserError
-from ftjax.loading import (
-    Base,
-    Policy,
-    open_policy,
-    public_name,
-)
+from ftjax.loading import Base, Policy, open_policy, public_name
 from ftjax.merged import kinds, measure_change, merged_params, tell_change, tree_reader
 from ftjax.methods.quant import Plan, plan_quant
+from ftjax.methods.residual import beyond
 from ftjax.models.proj import find_sites
-from ftjax.models.vera import is_vera
+from ftjax.pair import write_pair
 from ftjax.quant.formats import NAMES
 from ftjax.run_folder import read_run_config
 from ftjax.workdir import require_space
@@ -68,8 +65,8 @@ def define(args: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "to",
         None,
-        ["peft", "merged", "gguf"],
-        "an adapter, a whole model, or that as one file for llama.cpp",
+        ["peft", "merged", "gguf", "pair"],
+        "adapter, whole model, that as a file for llama.cpp, quantized base + adapter",
         flag_values=args,
     )
     flags.DEFINE_string("out", "", "the folder to make", flag_values=args)
@@ -108,11 +105,13 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     elif args.to == "gguf":
         dtype = "f16" if args.dtype == "auto" else args.dtype
         found = write_gguf(out, policy, dtype)
+    elif args.to == "pair":
+        dtype = write_pair(out, policy, write_rest)
     else:
         dtype = args.dtype if args.dtype != "auto" else stored_dtype(policy)
         found = write_merged(out, policy, dtype, args if args.requantize else None)
     say(f"wrote {out}: {policy.label}, {dtype}")
-    size = sum(file.stat().st_size for file in out.iterdir())
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {
         "out": str(out),
         "to": args.to,
@@ -205,10 +204,9 @@ def write_adapter(out: Path, policy: Policy) -> None:
             fix="--to=merged writes the whole model",
         )
     tree, saved, sites = variables[kind], policy.saved, find_sites(policy.model)
-    idle = why_idle(kind, tree)
-    if idle and not saved:
+    if (why := idle(kind, tree, policy.origin)) and not saved:
         raise UserError(
-            f"the adapter changes nothing: {idle} everywhere",
+            f"the adapter changes nothing: {why}",
             where=policy.label,
             fix="train it first",
         )
@@ -219,30 +217,25 @@ def write_adapter(out: Path, policy: Policy) -> None:
             got=reason,
             fix="--to=merged writes the whole model" if kind not in NEW else None,
         )
+    facts = adapter_facts(kind, tree, plan)
+    if "quant" in variables:
+        # LoftQ's update holds the error of the codes: over floats it is no use.
+        facts["trained over"] = f"the base as {kinds(variables['quant'])}"
+    if policy.origin is not None and plan is not None:
+        tree, plan = beyond(tree, plan, policy.origin)
+        variables = {**variables, kind: tree}
+        facts["written as"] = "a plain update of the published base, of twice the rank"
+        if "quant" in variables:
+            facts["not in it"] = "what rounding took (--to=pair keeps all)"
 
     def fill(folder: Path) -> None:
         name, known = public_name(base), base.hash or None
         save_any(
             folder, variables, plan, sites, name, known, saved=saved, spec=base.spec
         )
-        facts = adapter_facts(kind, tree, plan)
-        if "quant" in variables:
-            # LoftQ's update holds the error of the codes: over floats it is no use.
-            facts["trained over"] = f"the base as {kinds(variables['quant'])}"
         write_rest(folder, policy, facts, "peft")
 
     write_folder(out, fill)
-
-
-def why_idle(kind: str, tree: Any) -> str:
-    """Why an adapter computes what its base does; empty where it does not."""
-    if kind == "lora":
-        return "its B is zero" if is_zero(tree) else ""
-    if kind == "vera":
-        leaves = [x for x in jax.tree.leaves(tree, is_leaf=is_vera) if is_vera(x)]
-        return "" if any(jnp.any(x.lambda_b != 0) for x in leaves) else "lambda_b is 0"
-    ones = kind == "ia3" and all(bool(jnp.all(x == 1)) for x in jax.tree.leaves(tree))
-    return "its factors are one" if ones else ""
 
 
 def write_merged(

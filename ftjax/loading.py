@@ -33,7 +33,10 @@ from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError, require_regular
 from ftjax.methods.freeze import trained_names
 from ftjax.methods.lora import LoraPlan
+from ftjax.methods.parts import Method
 from ftjax.methods.quant import Plan, abstract_quant, plan_quant, quant_axes, without
+from ftjax.methods.residual import Change
+from ftjax.methods.several import Update
 from ftjax.methods.virtual import virtual_count
 from ftjax.models.config_reader import say
 from ftjax.models.decoder import Decoder
@@ -109,6 +112,8 @@ class Policy:
       frozen: the base alone, where it is whole beside what was trained; else None.
       task: of the run.
       saved: published names of weights of the base that were trained with an adapter.
+      origin: the update at the start of a run that took it off its base: `variables`
+        has what was left.
     """
 
     base: Base
@@ -123,6 +128,7 @@ class Policy:
     frozen: PyTree | None = None
     task: str = "sft"
     saved: frozenset[str] = frozenset()
+    origin: Update | None = None
 
 
 def open_base(
@@ -184,6 +190,7 @@ def load_base(
     *,
     dtypes: Mapping[LeafPath, str] | None = None,
     formats: Plan | None = None,
+    changes: Mapping[tuple[str, ...], Change] | None = None,
     note: Note = say,
 ) -> dict[str, PyTree]:
     """{'params': ..., 'quant': ...}: on their devices, split by their logical axes.
@@ -193,6 +200,7 @@ def load_base(
       dtypes: of single leaves, by path, instead.
       formats: of the projections that are quantized while they are read; 'quant' is
         there if any are, or if the base is stored quantized.
+      changes: of projections: what to keep, or quantize, in place of a weight.
       note: told what is worth knowing about the weights.
     """
     if base.weights is None:
@@ -217,7 +225,13 @@ def load_base(
 
     name = jnp.dtype(dtype).name
     params = load_params(
-        base.weights, dtype=name, dtypes=dtypes, put=place, formats=plan, note=note
+        base.weights,
+        dtype=name,
+        dtypes=dtypes,
+        put=place,
+        formats=plan,
+        changes=changes,
+        note=note,
     )
     if not plan:
         return {"params": params}
@@ -318,12 +332,12 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         name: _like(part.shapes, part.axes, mesh) for name, part in method.parts.items()
     }
     trained = saved.restore(step, {"trained": like}, partial=True)["trained"]
-    frozen = None
+    frozen = origin = None
     if method.whole:
         variables = jax.tree.map(lambda w: w.astype(dtype), trained)
     else:
         formats = run_formats(config, decoder)
-        loaded = load_base(base, dtype, mesh, formats=formats, note=note)
+        loaded, origin = _load_left(method, base, dtype, mesh, formats, note)
         frozen = method.rest(loaded)
         variables = join(frozen, trained)
     return Policy(
@@ -338,7 +352,29 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         frozen=frozen if method.frozen_is_base else None,
         task=task,
         saved=trained_names(method, base.spec),
+        origin=origin,
     )
+
+
+def _load_left(
+    method: Method, base: Base, dtype: Any, mesh: Mesh, formats: Plan, note: Note
+) -> tuple[PyTree, Update | None]:
+    """The base of a run as the run had it, and the update that it took off, if any.
+
+    In another dtype than the run's what is left is rounded to that one, as every base.
+    """
+    begun = None
+    if method.begin is not None:
+        begun = method.begin(formats, stored_formats(base))
+        begun = begun if begun.moves else None
+    changes = begun.changes if begun is not None else None
+    loaded = load_base(base, dtype, mesh, formats=formats, changes=changes, note=note)
+    return loaded, None if begun is None else begun.update
+
+
+def stored_formats(base: Base) -> Plan:
+    """Of the weights whose files hold codes."""
+    return base.weights.formats if base.weights is not None else {}
 
 
 def _like(shapes: PyTree, axes: PyTree, mesh: Mesh) -> PyTree:

@@ -11,27 +11,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from ftjax.checkpoints.hf import read_matrix
 from ftjax.config import check_devices, data_settings, total_steps, validate
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
 from ftjax.data.loader import Loader, row_length
 from ftjax.errors import UserError
-from ftjax.loading import Base, load_base, open_base
+from ftjax.loading import Base, load_base, open_base, stored_formats
 from ftjax.methods.dora import with_magnitudes
-from ftjax.methods.loftq import fit_errors, require_codes
-from ftjax.methods.lora import plan_lora
 from ftjax.methods.parts import Method, Row
 from ftjax.methods.quant import Plan, plan_quant, stored_plan
+from ftjax.methods.several import Update
 from ftjax.methods.virtual import begin_with, virtual_count
 from ftjax.models.decoder import Decoder
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import model_weights
 from ftjax.models.proj import (
     HEAD,
-    Path,
     abstract_params,
     find_sites,
     init_params,
@@ -41,7 +37,6 @@ from ftjax.models.spec import ModelSpec
 from ftjax.objectives.tasks import plan_task, task_of
 from ftjax.optimizers.muon import Matrices
 from ftjax.sharding import make_mesh, shard_tree
-from ftjax.weights import join
 
 PyTree = Any
 
@@ -177,10 +172,8 @@ def prepare_shape(config: Any, base: Base, mesh: Mesh | None = None) -> Shape:
         stored = base.weights.formats
         formats = stored_plan(stored, formats, base.name, method.whole)
     refuse_quantized(method, formats)
-    if begins_as_error(config):
-        plan = plan_lora(find_sites(model), config.method)
-        codes = base.weights is not None and bool(base.weights.formats)
-        require_codes(plan, formats, codes)
+    if method.begin is not None:
+        method.begin(formats, stored_formats(base))  # or why it cannot
     own = leaf_dtypes(config.model, base.spec)
     return Shape(model, method, formats, dtype, param_dtype, own)
 
@@ -227,49 +220,38 @@ def compute_dtype(name: str) -> Any:
 
 def load_variables(
     config: Any, base: Base, shape: Shape, mesh: Mesh
-) -> tuple[PyTree, PyTree]:
-    """(trained, frozen), on their devices."""
+) -> tuple[PyTree, PyTree, Update | None]:
+    """(trained, frozen, origin): the first two on their devices.
+
+    The origin is what a method took off the base at the start (PiSSA, ...), on the
+    host; None where the base is as it was.
+    """
+    method, begun = shape.method, None
+    if method.begin is not None:
+        begun = method.begin(shape.formats, stored_formats(base))
     if config.model.from_scratch:
         loaded = {"params": random_params(shape.model, config.seed, mesh)}
     else:
-        whole = shape.method.whole
-        dtype = jnp.dtype(jnp.float32) if whole else shape.param_dtype
-        own = {} if whole else shape.dtypes
-        loaded = load_base(base, dtype, mesh, dtypes=own, formats=shape.formats)
-    trained, frozen = shape.method.start(loaded, config.seed)
+        dtype = jnp.dtype(jnp.float32) if method.whole else shape.param_dtype
+        loaded = load_base(
+            base,
+            dtype,
+            mesh,
+            dtypes={} if method.whole else shape.dtypes,
+            formats=shape.formats,
+            changes=begun.changes if begun is not None else None,
+        )
+    trained, frozen = method.start(loaded, config.seed)
+    if begun is not None and method.lora is not None:
+        lora = begun.fill(trained["lora"])
+        lora = with_magnitudes(lora, method.lora, loaded)
+        trained = method.stored({**trained, "lora": lora})
     places = {
         name: shard_tree(part.shapes, part.axes, mesh)
-        for name, part in shape.method.parts.items()
+        for name, part in method.parts.items()
     }
-    trained = jax.device_put(trained, places)
-    if begins_as_error(config):
-        trained = fit_trained(trained, frozen, config, base, shape, mesh)
-    return trained, frozen
-
-
-def begins_as_error(config: Any) -> bool:
-    """Whether the update begins as the error of quantization (LoftQ)."""
-    return config.method.get("init") == "loftq"
-
-
-def fit_trained(
-    trained: PyTree, frozen: PyTree, config: Any, base: Base, shape: Shape, mesh: Mesh
-) -> PyTree:
-    """The trained part with LoftQ's start; reads the base's weights once more."""
-    plan = plan_lora(find_sites(shape.model), config.method)
-    weights, named = base.weights, model_weights(base.spec)
-    if weights is None:
-        raise ValueError(f"{base.name} was opened without weights")
-
-    def read(path: Path, layer: int) -> np.ndarray:
-        return read_matrix(weights, named[*path, "w"], layer, lambda _: None)
-
-    lora = fit_errors(trained["lora"], plan, frozen["quant"], read)
-    lora = with_magnitudes(lora, plan, join(frozen, trained))
-    part = shape.method.parts["lora"]
-    place = shard_tree(part.shapes, part.axes, mesh)
-    fitted = shape.method.stored({**trained, "lora": lora})
-    return {**fitted, "lora": jax.device_put(fitted["lora"], place)}
+    origin = begun.update if begun is not None and begun.moves else None
+    return jax.device_put(trained, places), frozen, origin
 
 
 def random_params(model: Decoder, seed: int, mesh: Mesh) -> PyTree:

@@ -66,12 +66,14 @@ def with_adapter(
 
 def _require_plain_base(policy: Policy) -> None:
     """Another adapter needs the weights that it was trained on."""
-    if policy.step is not None and policy.plan is None:
+    own = policy.step is not None and policy.plan is None
+    if own or policy.origin is not None:
         raise UserError(
             "an adapter belongs to the model that it was trained on",
             where="/adapter",
-            got=f"{policy.label}, which has weights of its own",
-            fix="open the base: --model, or the workdir of a LoRA run",
+            got=policy.label
+            + (": it has weights of its own" if own else ": its base is taken apart"),
+            fix="open the base: --model, with the adapter/ of such a run if you like",
         )
     if policy.saved:
         raise UserError(

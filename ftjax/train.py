@@ -28,6 +28,8 @@ from ftjax.evals.samples import answer, pick_prompts
 from ftjax.loading import Base, public_name
 from ftjax.loop import Clock, compile_step, on_mesh, run_steps, stored_rows
 from ftjax.methods.freeze import trained_names
+from ftjax.methods.residual import beyond
+from ftjax.methods.several import Update
 from ftjax.metrics import MetricLog
 from ftjax.models.proj import find_sites
 from ftjax.objectives.tasks import task_of
@@ -93,7 +95,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             "base_hash": base.hash,
         }
         first = resume_point(checkpoints, identity)
-        trained, frozen = load_variables(config, base, shape, mesh)
+        trained, frozen, origin = load_variables(config, base, shape, mesh)
         add_reference(config, ready, trained, frozen, folder.path)
         folder.save_config(settings)  # no bad input can be found from here on
         if stop.requested and not first:
@@ -162,7 +164,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                         "the same command continues"
                     )
                 clock.restart()
-        finish(folder, base, shape, state, frozen, checkpoints)
+        finish(folder, base, shape, state, frozen, checkpoints, origin)
         return describe.result(folder.path, steps, meta["chat"])
 
 
@@ -248,8 +250,12 @@ def finish(
     state: TrainState,
     frozen: PyTree,
     checkpoints: Checkpoints,
+    origin: Update | None,
 ) -> None:
-    """Leaves the report, and the adapter of the best step, or of the last."""
+    """Leaves the report, and the adapter of the best step, or of the last.
+
+    The adapter is one of the base as it is published, whatever the run took off it.
+    """
     step = checkpoints.best() or checkpoints.latest()
     saved, sites = trained_names(shape.method, base.spec), find_sites(shape.model)
     reason = why_unsaved(state.trained, saved, sites)
@@ -260,10 +266,17 @@ def finish(
         if step != int(state.step):
             like = {"trained": trained}
             trained = checkpoints.restore(step, like, partial=True)["trained"]
+        plan = shape.method.lora
+        if origin is not None and plan is not None:
+            learned = beyond(trained["lora"], plan, origin)
+            trained, plan = {"lora": learned.lora}, learned.plan
+            say(f"adapter/ is one of {base.name} as it is published")
+            if shape.formats:
+                say("without what rounding took of it: export --to=pair keeps all")
         save = partial(
             save_any,
             variables=join(frozen, trained),
-            plan=shape.method.lora,
+            plan=plan,
             sites=sites,
             base_name=public_name(base),
             base_hash=checkpoints.meta(step)["base_hash"],

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,6 +69,55 @@ def test_an_adapter(run: Path, tiny_llama: Path, tmp_path: Path, call: Any) -> N
     assert json.loads((out / "adapter_config.json").read_text())["rank_pattern"] == {
         "down_proj": 2
     }
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_was_taken_off_its_base(
+    init: str, tiny_llama: Path, tmp_path: Path, call: Any
+) -> None:
+    """Of twice the rank, over the published base; merged, it is the same model."""
+    rank: dict[str, Any] = {
+        "rank": 3,
+        "rank_pattern": "down_proj=2",
+        "use_rslora": True,
+    }
+    run = make_run(tmp_path / "run", tiny_llama, init=init, **rank)
+    wanted = logits(workdir=str(run))
+    out, merged = tmp_path / "adapter", tmp_path / "merged"
+    call(f"--workdir={run}", "--to=peft", f"--out={out}")
+    again = logits(model=str(tiny_llama), adapter=str(out))
+    np.testing.assert_allclose(again, wanted, atol=5e-5)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["r"] == 6 and config["rank_pattern"] == {"down_proj": 4}
+    assert config["init_lora_weights"] is True and not config["use_rslora"]
+    assert "twice the rank" in (out / "README.md").read_text()
+    call(f"--workdir={run}", "--to=merged", "--dtype=float32", f"--out={merged}")
+    np.testing.assert_allclose(logits(model=str(merged)), wanted, atol=5e-5)
+    assert np.abs(logits(model=str(tiny_llama)) - wanted).max() > 0.05
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_a_quantized_base_and_its_adapter(init: str, tmp_path: Path, call: Any) -> None:
+    """Together they are the run; the codes are those that it had."""
+    model = make_tiny_checkpoint(tmp_path / "model", dtype="bfloat16")
+    values: dict[str, Any] = {"init": init, "rank": 4}
+    if init == "loftq":
+        values["loftq_iters"] = 3
+    run = make_run(tmp_path / "run", model, method="qlora", **values)
+    out = tmp_path / "pair"
+    assert call(f"--workdir={run}", "--to=pair", f"--out={out}")["dtype"] == "bfloat16"
+    adapter = out / "adapter"
+    kept = open_policy(model=str(out), adapter=str(adapter))
+    own = open_policy(workdir=str(run))
+    for name in ("params", "quant"):
+        jax.tree.map(
+            np.testing.assert_array_equal, kept.variables[name], own.variables[name]
+        )
+    wanted = logits(workdir=str(run))
+    found = logits(model=str(out), adapter=str(adapter))
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    with pytest.raises(UserError, match="another base"):
+        open_policy(model=str(model), adapter=str(adapter))
 
 
 @pytest.mark.parametrize("method", ["ia3", "vera", "prompt", "prefix"])

@@ -58,6 +58,7 @@ FLOORS = {
     "ftjax.export": 5,
     "ftjax.quantize": 5,
     "ftjax.merged": 5,
+    "ftjax.pair": 5,
     "ftjax.demo": 5,
     "benchmarks": 5,
     "experiments": 5,

@@ -84,7 +84,7 @@ def test_norms_and_head_have_a_dtype_of_their_own(tied: bool, tmp_path: Path) ->
         {"param_dtype": "bfloat16", "norm_dtype": "float32", "head_dtype": "float32"}
     )
     shape = prepare_shape(config, base, mesh)
-    _, frozen = load_variables(config, base, shape, mesh)
+    _, frozen, _ = load_variables(config, base, shape, mesh)
     exact = dict(jax.tree.leaves_with_path(load_base(base, jnp.float32, mesh)))
     wide = set()
     for path, leaf in jax.tree.leaves_with_path(frozen):

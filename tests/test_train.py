@@ -106,12 +106,16 @@ def test_the_same_command_again_has_nothing_to_do(
     assert again.json["eval"] == first.json["eval"]
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "bottleneck"])
+@pytest.mark.parametrize(
+    ("method", "init"),
+    [("lora", ""), ("qlora", ""), ("qlora", "pissa"), ("bottleneck", "")],
+)
 def test_a_longer_run_continues_to_the_same_arrays(
-    method: str, tiny_llama: Path, rows: Path, tmp_path: Path
+    method: str, init: str, tiny_llama: Path, rows: Path, tmp_path: Path
 ) -> None:
     """Six steps at once, and three and three: equal to the last bit."""
-    fixed = ("--config.optim.schedule=constant", "--config.train.accumulate=2")
+    own = [f"--config.method.init={init}"] if init else []
+    fixed = [*own, "--config.optim.schedule=constant", "--config.train.accumulate=2"]
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     train(tiny_llama, rows, straight, *fixed, method=method).ok()
     train(tiny_llama, rows, parts, *fixed, "--config.train.steps=3", method=method).ok()

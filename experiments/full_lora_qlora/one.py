@@ -57,7 +57,8 @@ def tree_sizes(config: Any) -> dict[str, Any]:
         optimizer's state.
     """
     ready = prepare(config)
-    trained, frozen = load_variables(config, ready.base, ready.shape, ready.mesh)
+    loaded = load_variables(config, ready.base, ready.shape, ready.mesh)
+    trained, frozen, _ = loaded
     optimizer = make_optimizer(config.optim, ready.steps).init(trained)
     trees = {**frozen, **trained, "optimizer": optimizer}
     sizes = {

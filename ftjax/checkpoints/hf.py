@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from ftjax.checkpoints.files import find_tensors, listed
+from ftjax.checkpoints.fill import fill
 from ftjax.checkpoints.hf_save import DTYPES, save_params
 from ftjax.checkpoints.hub import find_model
 from ftjax.checkpoints.jsonfile import inside, read_json
@@ -29,6 +30,7 @@ from ftjax.checkpoints.quantized import find_packed
 from ftjax.checkpoints.sums import check_sums
 from ftjax.checkpoints.tensors import FLOATS, Tensor
 from ftjax.errors import UserError
+from ftjax.methods.residual import Change
 from ftjax.models.config_reader import say
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import Weight, model_weights
@@ -223,6 +225,7 @@ def load_params(
     dtypes: Mapping[LeafPath, str] | None = None,
     put: Put | None = None,
     formats: Mapping[LeafPath, Format] | None = None,
+    changes: Mapping[LeafPath, Change] | None = None,
     note: Note = say,
 ) -> dict[str, Any]:
     """Reads the weights into the tree of `Decoder`, leaf by leaf.
@@ -236,30 +239,27 @@ def load_params(
       formats: of the projections, by path, that are quantized while they are read:
         one tensor is in memory as floats at a time. Their leaves are `QTensor`s, as
         are those of what is stored quantized.
+      changes: of projections, by path: what to keep, or quantize, in place of a weight;
+        one is in memory as floats at a time here too.
       note: told when weights lose precision, and of matrices that are all zero.
 
     Raises:
       UserError: a file has changed, or at the first NaN or infinity.
     """
-    if dtype not in DTYPES:
-        raise UserError(
-            "weights cannot be kept in this dtype",
-            where="config.model.param_dtype",
-            expected=" or ".join(DTYPES),
-            got=repr(dtype),
-        )
+    _require_dtype(dtype)
     plan = {**(formats or {}), **weights.formats}
     own = dtypes or {}
     tell_policy(weights, dtype, plan, note, own)
     check_sums(weights.folder, (tensor.file for tensor in weights.tensors.values()))
     tree: dict[str, Any] = {}
     for path, weight in model_weights(weights.spec).items():
-        fmt = plan.get(path[:-1]) if path[-1] == "w" else None
+        site = path[:-1] if path[-1] == "w" else ()
+        fmt, change = plan.get(site), (changes or {}).get(site)
         host: Any
         if fmt is None:
-            host = _floats(weights, weight, DTYPES[own.get(path, dtype)], note)
+            host = _floats(weights, weight, DTYPES[own.get(path, dtype)], change, note)
         else:
-            host = _codes(weights, weight, fmt, note)
+            host = _codes(weights, weight, fmt, change, note)
         leaf = jax.device_put(host) if put is None else put(path, host)
         # Transfers run behind our back: wait, or the host copies pile up.
         jax.block_until_ready(leaf)
@@ -268,18 +268,38 @@ def load_params(
     return tree
 
 
+def _require_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(
+            "weights cannot be kept in this dtype",
+            where="config.model.param_dtype",
+            expected=" or ".join(DTYPES),
+            got=repr(dtype),
+        )
+
+
 def _floats(
-    weights: Weights, weight: Weight, dtype: np.dtype[Any], note: Note
+    weights: Weights,
+    weight: Weight,
+    dtype: np.dtype[Any],
+    change: Change | None,
+    note: Note,
 ) -> np.ndarray:
     """A leaf, as floats."""
     host = np.empty(weight.leaf_shape, dtype)
     rows = host if weight.layers else host[None]
-    for row, name in zip(rows, weight.names, strict=True):
-        _fill(row, weight, weights.tensors[name], name, note)
+    for i, (row, name) in enumerate(zip(rows, weight.names, strict=True)):
+        if change is None:
+            fill(row, weight, weights.tensors[name], name, note)
+        else:
+            matrix_OI = change(i, read_matrix(weights, weight, i, note))
+            row[...] = matrix_OI.T.reshape(row.shape)
     return host
 
 
-def _codes(weights: Weights, weight: Weight, fmt: Format, note: Note) -> QTensor:
+def _codes(
+    weights: Weights, weight: Weight, fmt: Format, change: Change | None, note: Note
+) -> QTensor:
     """A leaf, layer by layer: quantized now, or read as it is stored."""
     inputs, outputs = weight.shape[: weight.inputs], weight.shape[weight.inputs :]
     stack = (weight.layers,) if weight.layers else ()
@@ -289,9 +309,9 @@ def _codes(weights: Weights, weight: Weight, fmt: Format, note: Note) -> QTensor
         if name in weights.packed:
             layer = pack(weights.packed[name].read(), inputs, outputs, fmt)
         else:
-            layer = quantize(
-                read_matrix(weights, weight, i, note), inputs, outputs, fmt
-            )
+            matrix_OI = read_matrix(weights, weight, i, note)
+            matrix_OI = matrix_OI if change is None else change(i, matrix_OI)
+            layer = quantize(matrix_OI, inputs, outputs, fmt)
 
         def keep(all_layers: np.ndarray, one: np.ndarray, i: int = i) -> None:
             all_layers[i if weight.layers else ...] = one
@@ -312,7 +332,7 @@ def read_plain(
     stored = np.empty(weight.stored_shape, DTYPES[dtype])
     name = weight.names[i]
     row = stored.T if weight.inputs else stored
-    _fill(row, weight, weights.tensors[name], name, note)
+    fill(row, weight, weights.tensors[name], name, note)
     return stored
 
 
@@ -337,46 +357,3 @@ def tell_policy(
     for (name, wanted), count in stored.items():
         if name not in exact[wanted]:
             note(f"{weights.folder}: {count} {name} tensors are rounded to {wanted}")
-
-
-# The bits of the exponent: all of them set means NaN or infinity.
-_EXPONENT: dict[str, tuple[Any, int]] = {
-    "BF16": (np.uint16, 0x7F80),
-    "F16": (np.uint16, 0x7C00),
-    "F32": (np.uint32, 0x7F800000),
-    "F64": (np.uint64, 0x7FF0000000000000),
-}
-_BLOCK = 2**21  # elements; bounds the temporaries of one step
-
-
-def _fill(
-    row: np.ndarray, weight: Weight, tensor: Tensor, name: str, note: Note
-) -> None:
-    """Copies one tensor into its place, block by block, and looks at every value."""
-    source = tensor.read()
-    # A matrix is stored [outputs, inputs] and kept the other way round.
-    shape = (-1, source.shape[0]) if weight.inputs else source.shape
-    flat = row.reshape(shape)
-    unsigned, mask = _EXPONENT[tensor.dtype]
-    bits = source.view(unsigned)
-    step = max(1, _BLOCK // max(1, source.size // source.shape[0]))
-    bad, any_set, narrower = 0, False, row.itemsize < source.itemsize
-    for i in range(0, source.shape[0], step):
-        block, raw = source[i : i + step], bits[i : i + step]
-        part = flat[:, i : i + step] if weight.inputs else flat[i : i + step]
-        bad += int(np.count_nonzero((raw & unsigned(mask)) == unsigned(mask)))
-        any_set = any_set or bool(raw.any())
-        with np.errstate(over="ignore", invalid="ignore"):
-            part[...] = block.T if weight.inputs else block
-        if narrower and not bad:
-            bad += int(np.count_nonzero(~np.isfinite(part)))
-    if bad:
-        raise UserError(
-            f"a weight holds {bad:,} values that are NaN or infinite",
-            where=f"{tensor.file}: {name}",
-            expected=f"finite numbers in the range of {row.dtype}",
-            got=f"{bad:,} of {source.size:,}",
-            fix="use a checkpoint from before the run diverged, or download it again",
-        )
-    if weight.inputs and not any_set:
-        note(f"{tensor.file}: {name} is all zero")

@@ -230,12 +230,15 @@ def named_layers(sites: Mapping[Path, Site]) -> dict[str, Site]:
 
 
 def is_zero(lora: Any) -> bool:
-    """Whether every `b` is zero, so that the adapter changes nothing.
+    """Whether every `a` or `b` is zero, so that the adapter changes nothing.
 
     With magnitudes only the base could tell.
     """
     deltas = jax.tree.leaves(lora, is_leaf=lambda leaf: isinstance(leaf, Delta))
-    return not any(d.m is not None or bool(jnp.any(d.b != 0)) for d in deltas)
+    return not any(
+        d.m is not None or (bool(jnp.any(d.a != 0)) and bool(jnp.any(d.b != 0)))
+        for d in deltas
+    )
 
 
 def read_tensors(folder: FilePath) -> dict[str, Tensor]:

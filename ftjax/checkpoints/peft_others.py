@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
+import jax
 import numpy as np
 
 from ftjax.checkpoints import peft
@@ -30,8 +31,11 @@ from ftjax.checkpoints.peft_vera import vera_in, vera_out
 from ftjax.checkpoints.tensors import Entry, Tensor, write_tensors
 from ftjax.errors import UserError
 from ftjax.methods.lora import LoraPlan
+from ftjax.methods.residual import unmoved
+from ftjax.methods.several import Update
 from ftjax.models.proj import HEAD, INPUTS, OUTPUTS, Path, Site, put, site_names
 from ftjax.models.spec import ModelSpec
+from ftjax.models.vera import is_vera
 
 # Our collection -> PEFT's name.
 KINDS = {
@@ -99,6 +103,20 @@ def why_unsaved(
         if both and _at(variables[kind], path):
             return f"{min(both)} is trained, and has an update beside it"
     return ""
+
+
+def idle(kind: str, tree: Any, origin: Update | None) -> str:
+    """Why an adapter that began as `origin`, if it did, changes nothing; else empty."""
+    if kind == "ia3" and all(bool(np.all(x == 1)) for x in jax.tree.leaves(tree)):
+        return "its factors are one everywhere"
+    if kind == "lora" and unmoved(tree, origin):
+        return "it is as it began"
+    if kind == "vera":
+        leaves = [x for x in jax.tree.leaves(tree, is_leaf=is_vera) if is_vera(x)]
+        moved = any(bool(np.any(np.asarray(x.lambda_b) != 0)) for x in leaves)
+        return "" if moved else "its lambda_b is zero everywhere"
+    zero = kind == "lora" and peft.is_zero(tree)
+    return "its A or B is zero everywhere" if zero else ""
 
 
 def save_any(

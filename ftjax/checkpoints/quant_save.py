@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from ftjax.quant.formats import NESTED_BLOCK, Format
 Plan = Mapping[LeafPath, Format]
 Read = Callable[[LeafPath, Weight, int], np.ndarray]
 Tell = Callable[[LeafPath, int, np.ndarray, Encoded], None]
+Codes = Callable[[LeafPath, int], Encoded]
 PER_CHANNEL = Format("int8", 0)
 _F32, _U8, _I8 = np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.int8)
 _LONGEST = -1.2345678901234567e-300  # as many characters as a float may take
@@ -44,6 +45,7 @@ def save_quantized(
     config: dict[str, Any],
     dtype: str,
     tell: Tell | None = None,
+    codes: Codes | None = None,
 ) -> None:
     """Writes `config.json`, safetensors and their hashes; codes are `encode`'s.
 
@@ -55,8 +57,10 @@ def save_quantized(
       config: the configuration of the model that is quantized.
       dtype: of what stays floating point.
       tell: (path, layer, weight, its codes), called for each as it is quantized.
+      codes: (path, layer) -> what a projection is quantized to already; it is not read.
     """
-    entries = _entries(read, spec, plan, dtype, tell)
+    source = Source(read, tell, codes)
+    entries = _entries(source, spec, plan, dtype)
     write_shards(folder, entries, DTYPES[dtype])
     write_sums(folder)
     write_config(folder, config, spec, dtype, quantization_config(plan, spec, dtype))
@@ -93,16 +97,25 @@ def _suffix(path: LeafPath) -> str:
     return ".".join(path[1:] if path[0] == "layers" else path)
 
 
+class Source(NamedTuple):
+    """Where values and codes come from, as `save_quantized` says."""
+
+    read: Read
+    tell: Tell | None
+    codes: Codes | None
+
+
 def _entries(
-    read: Read, spec: ModelSpec, plan: Plan, dtype: str, tell: Tell | None
+    source: Source, spec: ModelSpec, plan: Plan, dtype: str
 ) -> Iterator[Entry]:
     for path, weight in model_weights(spec).items():
         fmt = plan.get(path[:-1]) if path[-1] == "w" else None
         for i, name in enumerate(weight.names):
             if fmt is None:
-                yield Entry(name, weight.stored_shape, _reader(read, path, weight, i))
+                values = _reader(source.read, path, weight, i)
+                yield Entry(name, weight.stored_shape, values)
             else:
-                yield from _Quantized(read, path, weight, i, fmt, dtype, tell).entries()
+                yield from _Quantized(source, path, weight, i, fmt, dtype).entries()
 
 
 def _reader(
@@ -116,16 +129,15 @@ class _Quantized:
 
     def __init__(
         self,
-        read: Read,
+        source: Source,
         path: LeafPath,
         weight: Weight,
         layer: int,
         fmt: Format,
         dtype: str,
-        tell: Tell | None,
     ):
-        self.read, self.path, self.weight, self.layer = read, path, weight, layer
-        self.fmt, self.dtype, self.tell = fmt, dtype, tell
+        self.source, self.path, self.weight, self.layer = source, path, weight, layer
+        self.fmt, self.dtype = fmt, dtype
         self.name, self.shape = weight.names[layer], weight.stored_shape
         self.encoded: Encoded | None = None
 
@@ -142,11 +154,14 @@ class _Quantized:
         return found
 
     def _encode(self) -> Encoded:
-        if self.encoded is None:
-            values = self.read(self.path, self.weight, self.layer)
+        source = self.source
+        if self.encoded is None and source.codes is not None:
+            self.encoded = source.codes(self.path, self.layer)
+        elif self.encoded is None:
+            values = source.read(self.path, self.weight, self.layer)
             self.encoded = encode(values, self.fmt)
-            if self.tell is not None:
-                self.tell(self.path, self.layer, values, self.encoded)
+            if source.tell is not None:
+                source.tell(self.path, self.layer, values, self.encoded)
         return self.encoded
 
     def _closing(self, entry: Entry) -> Callable[[], np.ndarray]:

@@ -19,8 +19,6 @@ from ftjax.methods.streams import stream
 from ftjax.models.proj import HEAD, Path, Site, put, site_names
 from ftjax.weights import Delta
 
-INITS = ("kaiming", "gaussian", "loftq")
-
 
 @dataclass(frozen=True)
 class SitePlan:
@@ -131,24 +129,30 @@ def init_lora(plan: LoraPlan, seed: int, init: str = "kaiming") -> Any:
     """The collection at the start: `b` is zero, so the model begins as the base.
 
     `a` is U(-1/sqrt(inputs), 1/sqrt(inputs)) (PEFT's kaiming_uniform(sqrt 5)) or, for
-    'gaussian', N(0, 1/rank^2); 'loftq' (see `loftq`) begins here too. Each layer and
-    site draws from its own stream, so that a site's start does not depend on which
-    others are trained. Magnitudes are the base's: see `dora`.
+    'gaussian', N(0, 1/rank^2); what is made of the weights ('pissa', 'olora', 'loftq')
+    is put over this. For 'a_zero' it is `a` that is zero, and `b` what PEFT's draw
+    gives for it: its inputs are the rank, so U(-1/sqrt(rank), 1/sqrt(rank)); 'Init[B]'
+    of arXiv 2406.08447. Each layer and site draws from its own stream, so that a site's
+    start does not depend on which others are trained. Magnitudes are the base's: see
+    `dora`.
     """
     tree: dict[str, Any] = {}
     for path, plan_at in plan.sites.items():
         site = plan_at.site
         fan_in, rank = math.prod(site.inputs), plan_at.rank
         a = np.zeros((len(plan_at.ranks), *site.inputs, rank), np.float32)
+        b = np.zeros((len(plan_at.ranks), rank, *site.outputs), np.float32)
         for layer, name in enumerate(site_names(site)):
             r = plan_at.ranks[layer]
             rng = stream(seed, name)
+            if r and init == "a_zero":
+                b[layer, :r] = rng.uniform(-1, 1, (r, *site.outputs)) / math.sqrt(r)
+                continue
             if r and init == "gaussian":
                 draw = rng.normal(0, 1 / r, (*site.inputs, r))
             else:
                 draw = rng.uniform(-1, 1, (*site.inputs, r)) / math.sqrt(fan_in)
             a[layer, ..., :r] = draw
-        b = np.zeros((len(plan_at.ranks), rank, *site.outputs), np.float32)
         scale = np.asarray(plan_at.scales, np.float32)
         if site.layers is None:
             a, b, scale = a[0], b[0], scale[0]

@@ -3,13 +3,14 @@
     method = plan_method(model, config.method)
     trained, frozen = method.start(base, seed)        # no array is in both
     model.apply(join(frozen, trained), ...)           # the policy
-    model.apply(frozen, ...)                          # the base, where it is whole
+    model.apply(frozen, ...)                          # the base, if `frozen_is_base`
 
 A method is a function here or in a file beside this one, and a line of `METHODS`.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,12 +19,17 @@ from ftjax.methods.bottleneck import plan_bottleneck
 from ftjax.methods.dora import with_magnitudes
 from ftjax.methods.freeze import plan_freeze, train_also
 from ftjax.methods.ia3 import plan_ia3
+from ftjax.methods.loftq import begin_loftq
 from ftjax.methods.lora import LoraPlan, init_lora, lora_axes, lora_shapes, plan_lora
 from ftjax.methods.parts import Method, Part, PyTree, Row, in_dtype, master
+from ftjax.methods.quant import Plan
+from ftjax.methods.residual import Beginning, begin_residual
 from ftjax.methods.vera import plan_vera
 from ftjax.methods.virtual import plan_prefix, plan_prompt
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import Path, Site, abstract_params, find_sites, params_axes
+
+FROM_WEIGHTS = ("pissa", "olora", "loftq")
 
 
 def plan_method(model: Decoder, config: Any) -> Method:
@@ -56,13 +62,24 @@ def _full(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
 
 def _lora(model: Decoder, sites: Mapping[Path, Site], config: Any) -> Method:
     plan = plan_lora(sites, config)
+    kind = getattr(config, "init", "kaiming")
+    turns = getattr(config, "loftq_iters", 1)  # runs from before there were more
+
+    def begin(formats: Plan, stored: Plan) -> Beginning:
+        if kind == "loftq":
+            return begin_loftq(plan, formats, stored, turns)
+        return begin_residual(kind, plan, stored)
 
     def init(base: PyTree, seed: int) -> PyTree:
-        lora = init_lora(plan, seed, config.init)
+        lora = init_lora(plan, seed, kind)
         return {"lora": with_magnitudes(lora, plan, base)}
 
     part = Part(lora_shapes(plan), lora_axes(plan))
-    return Method("lora", {"lora": part}, init, rows=_lora_rows(plan), lora=plan)
+    method = Method("lora", {"lora": part}, init, rows=_lora_rows(plan), lora=plan)
+    if kind not in FROM_WEIGHTS:
+        return method
+    whole = kind == "loftq" and turns == 1
+    return replace(method, begin=begin, frozen_is_base=whole)
 
 
 METHODS: dict[str, Callable[[Decoder, Mapping[Path, Site], Any], Method]] = {

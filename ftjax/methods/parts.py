@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.methods.lora import LoraPlan
+from ftjax.methods.quant import Plan
+from ftjax.methods.residual import Beginning
 
 PyTree = Any
 Init = Callable[[PyTree, int], PyTree]  # (base, seed) -> what is trained
 Rest = Callable[[PyTree], PyTree]  # base -> what of it stays frozen
+Begin = Callable[[Plan, Plan], Beginning]  # (formats, those that are stored so)
 
 
 def everything(base: PyTree) -> PyTree:
@@ -56,7 +59,10 @@ class Method:
       lora: ranks and scales of a low-rank update.
       beside: frozen collections that are no part of the base; `rest` makes them.
       whole: every weight of the base is trained, so that a checkpoint needs no base.
-      frozen_is_base: what is frozen is, alone, the base: the reference of a preference.
+      frozen_is_base: what stays frozen, alone, is the base that the run began from
+        (where that is quantized, its plain quantization), so that it can be a
+        reference. Not where the base is trained or was taken apart.
+      begin: of an update that is made of the weights while they are read.
     """
 
     name: str
@@ -68,6 +74,7 @@ class Method:
     whole: bool = False
     beside: dict[str, Part] = field(default_factory=dict)
     frozen_is_base: bool = True
+    begin: Begin | None = None
 
     def start(self, base: PyTree, seed: int) -> tuple[PyTree, PyTree]:
         """(trained, frozen) at the start of a run."""

@@ -86,6 +86,16 @@ THEIRS: dict[str, dict[str, Any]] = {
     },
 }
 
+USUAL: dict[str, Any] = {
+    "targets": "all-linear",
+    "rank": 4,
+    "alpha": 8.0,
+    "rank_pattern": "",
+    "alpha_pattern": "",
+    "use_rslora": False,
+    "dropout": 0.0,
+}
+
 # What ftjax writes, for peft to read: the `method` section of a config.
 OURS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -100,6 +110,13 @@ OURS: dict[str, dict[str, Any]] = {
         "targets": r"layers\.[02]\.self_attn\.q_proj,o_proj,down_proj",
         "rank_pattern": "down_proj=2",
     },
+}
+
+# Starts that take the update off the base; written as a plain one of the whole base.
+TAKEN: dict[str, dict[str, Any]] = {
+    "pissa": {"init": "pissa"},
+    "pissa_patterns": {"init": "pissa", "use_rslora": True, "rank_pattern": "k_proj=1"},
+    "olora": {"init": "olora", "alpha_pattern": "v_proj=3"},
 }
 
 # Sums of these that ftjax writes; peft makes them with combination_type='cat'.
@@ -225,22 +242,60 @@ def ours(folder: Path) -> None:
     params = load_params(open_weights(base, spec), dtype="float32")
     tokens = jnp.asarray([IDS], jnp.int32)
     rows = (tokens, jnp.arange(len(IDS))[None], jnp.ones_like(tokens))
-    made = {name: random_adapter(spec, OURS[name], params) for name in OURS}
+    made = {
+        name: (*random_adapter(spec, OURS[name], params), params, None) for name in OURS
+    }
+    made |= {name: taken(base, spec, name) for name in TAKEN}
     for name, mix in SUMS.items():
         parts = [Update(made[part][2], made[part][1]) for part in mix]
         summed = combine(parts, list(mix.values()))
         assert summed is not None
-        made[name] = (made["plain"][0], summed.plan, summed.lora)
-    for name, (model, plan, lora) in made.items():
-        logits = model.apply({"params": params, "lora": lora}, *rows, method="logits")
+        made[name] = (made["plain"][0], summed.plan, summed.lora, params, None)
+    for name, (model, plan, lora, under, plain) in made.items():
+        logits = model.apply({"params": under, "lora": lora}, *rows, method="logits")
         target = folder / name
-        save_adapter(target / "peft", lora, plan, str(base), "0" * 64)
+        written = (lora, plan) if plain is None else plain
+        save_adapter(target / "peft", *written, str(base), "0" * 64)
         (target / "merged").mkdir()
-        whole = merge(params, lora)
-        save_params(target / "merged", whole, spec, config=BASE, dtype="float32")
+        merged = merge(under, lora)
+        save_params(target / "merged", merged, spec, config=BASE, dtype="float32")
         np.save(target / "logits.npy", np.asarray(logits[0]))
         size = sum(leaf.size for leaf in jax.tree.leaves(lora))
         print(f"{name}: {len(plan.sites)} sites, {size} numbers")
+
+
+def taken(base: Path, spec: Any, name: str) -> tuple[Any, ...]:
+    """(model, plan, collection, rest of the base, plain update), after noise."""
+    from types import SimpleNamespace
+
+    import jax
+    import jax.numpy as jnp
+
+    from ftjax.checkpoints.hf import load_params, open_weights
+    from ftjax.methods.method import plan_method
+    from ftjax.methods.residual import beyond
+    from ftjax.models.decoder import Decoder
+
+    model = Decoder(spec)
+    method = plan_method(model, SimpleNamespace(name="lora", **USUAL | TAKEN[name]))
+    assert method.begin is not None and method.lora is not None
+    begun = method.begin({}, {})
+    weights = open_weights(base, spec)
+    left = load_params(weights, dtype="float32", changes=begun.changes)
+    rng = np.random.default_rng(0)
+
+    def learn(delta: Any) -> Any:
+        """Both factors moved by a tenth of what they are."""
+        a, b = (
+            jnp.asarray(x * (1 + 0.1 * rng.normal(size=x.shape)), jnp.float32)
+            for x in (delta.a, delta.b)
+        )
+        return replace(delta, a=a, b=b)
+
+    start = begun.update
+    is_delta = {"is_leaf": lambda leaf: hasattr(leaf, "dense")}
+    lora = jax.tree.map(learn, start.lora, **is_delta)
+    return model, method.lora, lora, left, beyond(lora, method.lora, start)
 
 
 def random_adapter(
@@ -261,17 +316,8 @@ def random_adapter(
     from ftjax.models.proj import find_sites
     from ftjax.weights import Delta
 
-    usual = {
-        "targets": "all-linear",
-        "rank": 4,
-        "alpha": 8.0,
-        "rank_pattern": "",
-        "alpha_pattern": "",
-        "use_rslora": False,
-        "dropout": 0.0,
-    }
     model = Decoder(spec)
-    plan = plan_lora(find_sites(model), SimpleNamespace(**(usual | settings)))
+    plan = plan_lora(find_sites(model), SimpleNamespace(**(USUAL | settings)))
     rng = np.random.default_rng(0)
 
     def fill(delta: Delta) -> Delta:
@@ -293,7 +339,7 @@ def theirs(folder: Path) -> None:
     import transformers
 
     worst = 0.0
-    for name in (*OURS, *SUMS):
+    for name in (*OURS, *SUMS, *TAKEN):
         wanted = np.load(folder / name / "logits.npy")
         plain = torch_logits(transformers_model(folder / "base"))
         model = peft.PeftModel.from_pretrained(

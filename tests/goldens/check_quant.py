@@ -58,11 +58,16 @@ def ours(folder: Path) -> None:
 
 
 def our_logits(folder: Path) -> np.ndarray:
+    return our_policy_logits(model=str(folder))
+
+
+def our_policy_logits(**source: Any) -> np.ndarray:
+    """Of what `open_policy` opens."""
     import jax.numpy as jnp
 
     from ftjax.loading import open_policy
 
-    policy = open_policy(model=str(folder), dtype=jnp.float32)
+    policy = open_policy(dtype=jnp.float32, **source)
     tokens = jnp.asarray([IDS], jnp.int32)
     rows = (tokens, jnp.arange(len(IDS))[None], jnp.ones_like(tokens))
     return np.asarray(policy.model.apply(policy.variables, *rows, method="logits")[0])

@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax.checkpoints.peft import is_zero
 from ftjax.errors import UserError
 from ftjax.methods.lora import init_lora, merge, plan_lora
 from ftjax.models.decoder import hidden_and_head
@@ -16,8 +18,12 @@ from tests.models_small import lora_config, small_batch, small_lora, small_model
 Q = ("layers", "self_attn", "q_proj")
 
 
+def hidden_of(model: Any, variables: Any) -> Any:
+    return hidden_and_head(model, variables, small_batch())[0]
+
+
 def hidden(model: Any, variables: Any) -> np.ndarray:
-    return np.asarray(hidden_and_head(model, variables, small_batch())[0])
+    return np.asarray(hidden_of(model, variables))
 
 
 def test_the_model_begins_as_its_base() -> None:
@@ -73,6 +79,28 @@ def test_gaussian_start_has_deviation_one_over_rank() -> None:
     plan, _ = small_lora(model, rank=8)
     a = np.asarray(init_lora(plan, 0, "gaussian")["layers"]["mlp"]["down_proj"]["w"].a)
     assert a.std() == pytest.approx(1 / 8, rel=0.1)
+
+
+def test_the_other_start_has_a_zero_a_and_learns_by_it() -> None:
+    model, params = small_model()
+    plan, _ = small_lora(model, rank=9, rank_pattern="layers.0.mlp.down_proj=4")
+    lora = init_lora(plan, 0, "a_zero")
+    delta = lora["layers"]["mlp"]["down_proj"]["w"]
+    b = np.abs(np.asarray(delta.b))
+    assert not np.asarray(delta.a).any() and not b[0, 4:].any()
+    for layer, bound in enumerate((1 / math.sqrt(4), 1 / math.sqrt(9))):
+        assert 0.98 * bound < b[layer].max() <= bound
+
+    def loss(lora: Any) -> Any:
+        return jnp.sum(jnp.square(hidden_of(model, {"params": params, "lora": lora})))
+
+    np.testing.assert_array_equal(
+        hidden(model, {"params": params, "lora": lora}),
+        hidden(model, {"params": params}),
+    )
+    grad = jax.grad(loss)(lora)["layers"]["mlp"]["down_proj"]["w"]
+    assert np.asarray(grad.a).any() and not np.asarray(grad.b).any()
+    assert is_zero(lora)
 
 
 def test_a_site_starts_alike_whatever_else_is_trained() -> None:

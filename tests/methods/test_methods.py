@@ -67,6 +67,29 @@ def trained_for(kind: str, steps: int = 2) -> tuple[Any, Any, Any]:
     return trained, state.trained, frozen
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "is_base"),
+    [
+        ("lora", {}, True),
+        ("lora", {"init": "loftq"}, True),
+        ("lora", {"init": "loftq", "loftq_iters": 2}, False),
+        ("lora", {"init": "pissa"}, False),
+        ("lora", {"init": "olora"}, False),
+        ("lora", {"also_train": ".*norm"}, False),
+        ("ia3", {}, True),
+        ("prompt", {}, True),
+        ("freeze", {}, False),
+        ("full", {}, False),
+    ],
+)
+def test_it_says_whether_what_is_frozen_is_the_base(
+    name: str, values: dict[str, Any], is_base: bool
+) -> None:
+    config = method_config(name)
+    config.update({"rank": 4, **values} if name == "lora" else values)
+    assert plan_method(Decoder(SPEC), config).frozen_is_base == is_base
+
+
 @pytest.mark.parametrize("kind", [k for k in METHODS if k not in VIRTUAL])
 def test_it_begins_as_the_base(kind: str) -> None:
     params = small_model()[1]
