@@ -7,9 +7,10 @@ import jax
 
 from ftjax.checkpoints.peft_others import KINDS
 from ftjax.console import count
-from ftjax.loading import Policy, public_name
+from ftjax.loading import public_name
 from ftjax.methods.lora import LoraPlan
 from ftjax.models.vera import PAIR
+from ftjax.policy import Policy
 
 
 def adapter_facts(kind: str, tree: Any, plan: LoraPlan | None) -> dict[str, str]:

@@ -34,9 +34,10 @@ from ftjax.data.report import DataReport
 from ftjax.errors import UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.scores import score_rows
-from ftjax.loading import Base, Policy, load_base, open_policy
+from ftjax.loading import Base, load_base
 from ftjax.objectives.distill import TEACHER
 from ftjax.objectives.tasks import task_of
+from ftjax.policy import Policy, open_policy
 from ftjax.reference import open_other, put_reference, reference_sums
 from ftjax.run_folder import read_run_config
 from ftjax.sharding import batch_sharding, make_mesh

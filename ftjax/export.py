@@ -41,12 +41,13 @@ from ftjax.checkpoints.quant_save import save_quantized
 from ftjax.console import count, say
 from ftjax.data.tokenizer import FILES
 from ftjax.errors import UserError
-from ftjax.loading import Base, Policy, open_policy, public_name
+from ftjax.loading import Base, public_name
 from ftjax.merged import kinds, measure_change, merged_params, tell_change, tree_reader
 from ftjax.methods.quant import Plan, plan_quant
 from ftjax.methods.residual import beyond
 from ftjax.models.proj import find_sites
 from ftjax.pair import write_pair
+from ftjax.policy import Policy, open_policy
 from ftjax.quant.formats import NAMES
 from ftjax.run_folder import read_run_config
 from ftjax.workdir import require_space

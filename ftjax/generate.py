@@ -21,7 +21,7 @@ from ftjax.adapters import names_of
 from ftjax.console import printable, say
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.errors import UserError
-from ftjax.loading import Policy, open_policy
+from ftjax.policy import Policy, open_policy
 from ftjax.rollout import Completion, Generator, Sampling
 from ftjax.switch import Switch, each_row_its_own, parse_use
 

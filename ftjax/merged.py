@@ -18,7 +18,7 @@ from ftjax.console import say
 from ftjax.errors import UserError
 from ftjax.evals.change import change
 from ftjax.evaluate import read_batches
-from ftjax.loading import Policy, load_base, open_base
+from ftjax.loading import load_base, open_base
 from ftjax.methods.ia3 import merge_ia3
 from ftjax.methods.lora import merge
 from ftjax.methods.quant import dequantize
@@ -26,6 +26,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import Weight
 from ftjax.models.vera import as_lora
+from ftjax.policy import Policy
 from ftjax.quant.qtensor import QTensor
 from ftjax.sharding import batch_sharding, make_mesh
 

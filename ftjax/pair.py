@@ -19,10 +19,11 @@ from ftjax.checkpoints.folder import write_folder
 from ftjax.checkpoints.peft_others import save_any
 from ftjax.checkpoints.quant_save import save_quantized
 from ftjax.errors import UserError
-from ftjax.loading import Policy, open_base
+from ftjax.loading import open_base
 from ftjax.merged import kinds, tree_reader
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.proj import find_sites
+from ftjax.policy import Policy
 from ftjax.quant.encode import Encoded
 from ftjax.quant.qtensor import QTensor, unpack
 

@@ -28,13 +28,14 @@ from ftjax.curves import write_errors_png
 from ftjax.errors import UserError
 from ftjax.evaluate import measure
 from ftjax.export import refuse_source, write_rest
-from ftjax.loading import Base, Policy, open_base, open_policy
+from ftjax.loading import Base, open_base
 from ftjax.methods.quant import Plan, plan_quant
 from ftjax.models.decoder import Decoder
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.names import Weight, model_weights
 from ftjax.models.proj import find_sites
 from ftjax.models.spec import ModelSpec
+from ftjax.policy import Policy, open_policy
 from ftjax.quant.encode import Encoded, host_device
 from ftjax.quant.formats import NAMES
 from ftjax.quant.qtensor import pack

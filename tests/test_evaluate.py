@@ -11,7 +11,7 @@ import pytest
 
 from ftjax import cli, evaluate
 from ftjax.export import write_adapter
-from ftjax.loading import open_policy
+from ftjax.policy import open_policy
 from tests.runs import make_run
 
 TEXTS = ["the thing in the end", "on", "a re er on the the in", "thing " * 40]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from ftjax import cli, export
 from ftjax.checkpoints.folder import write_folder
 from ftjax.errors import UserError
-from ftjax.loading import open_policy
+from ftjax.policy import open_policy
 from tests.runs import make_run
 from tests.tiny import make_tiny_checkpoint
 

@@ -45,6 +45,7 @@ FLOORS = {
     "ftjax.loading": 4,
     "ftjax.loop": 4,
     "ftjax.memory": 4,
+    "ftjax.policy": 4,
     "ftjax.prepare": 4,
     "ftjax.reference": 4,
     "ftjax.report": 4,

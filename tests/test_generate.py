@@ -10,7 +10,7 @@ import pytest
 
 from ftjax import cli, generate
 from ftjax.data.tokenizer import load_tokenizer
-from ftjax.loading import open_policy
+from ftjax.policy import open_policy
 from ftjax.rollout import Generator, Sampling
 from tests.cli import run_cli
 from tests.runs import make_run

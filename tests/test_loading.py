@@ -13,9 +13,10 @@ from configs import sft
 from ftjax.checkpoints.peft import save_adapter
 from ftjax.errors import UserError
 from ftjax.export import write_adapter
-from ftjax.loading import load_base, open_base, open_policy
+from ftjax.loading import load_base, open_base
 from ftjax.memory import estimate
 from ftjax.methods.lora import merge
+from ftjax.policy import open_policy
 from ftjax.prepare import load_variables, prepare_shape
 from ftjax.sharding import make_mesh
 from ftjax.switch import with_adapter

@@ -94,7 +94,7 @@ def test_greedy_batch_equals_the_naive_loop(params: Any, generator: Generator) -
 
 
 def test_stories_token_for_token(shared: Path) -> None:
-    from ftjax.loading import open_policy
+    from ftjax.policy import open_policy
 
     folder = shared / "models" / "stories260K"
     reference = json.loads((folder / "reference.json").read_text())

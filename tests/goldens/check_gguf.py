@@ -67,7 +67,7 @@ def continued(model: str, prompts: list[Any]) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from ftjax.loading import open_policy
+    from ftjax.policy import open_policy
 
     policy = open_policy(model=model, note=lambda _: None)
     found = []

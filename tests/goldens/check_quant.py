@@ -65,7 +65,7 @@ def our_policy_logits(**source: Any) -> np.ndarray:
     """Of what `open_policy` opens."""
     import jax.numpy as jnp
 
-    from ftjax.loading import open_policy
+    from ftjax.policy import open_policy
 
     policy = open_policy(dtype=jnp.float32, **source)
     tokens = jnp.asarray([IDS], jnp.int32)

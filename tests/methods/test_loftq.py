@@ -15,13 +15,14 @@ from configs import sft
 from ftjax.config import validate
 from ftjax.errors import UserError
 from ftjax.gradients import project
-from ftjax.loading import load_base, open_base, open_policy
+from ftjax.loading import load_base, open_base
 from ftjax.methods.loftq import begin_loftq
 from ftjax.methods.lora import LoraPlan, SitePlan, init_lora, merge, plan_lora
 from ftjax.methods.quant import dequantize
 from ftjax.methods.residual import beyond
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import Site, find_sites
+from ftjax.policy import open_policy
 from ftjax.prepare import load_variables, prepare_shape
 from ftjax.quant.formats import make_format
 from ftjax.quant.qtensor import quantize

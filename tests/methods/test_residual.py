@@ -15,7 +15,7 @@ from configs import sft
 from ftjax.checkpoints.hf import load_params, open_weights
 from ftjax.config import validate
 from ftjax.errors import UserError
-from ftjax.loading import load_base, open_base, open_policy
+from ftjax.loading import load_base, open_base
 from ftjax.losses.causal_lm import causal_lm
 from ftjax.methods.lora import merge
 from ftjax.methods.method import plan_method
@@ -23,6 +23,7 @@ from ftjax.methods.quant import dequantize
 from ftjax.methods.residual import beyond, unmoved
 from ftjax.models.decoder import Decoder, hidden_and_head
 from ftjax.models.registry import spec_from_config
+from ftjax.policy import open_policy
 from ftjax.prepare import load_variables, prepare_shape
 from ftjax.quant.qtensor import quantize
 from ftjax.sharding import make_mesh

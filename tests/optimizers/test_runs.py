@@ -13,7 +13,7 @@ from ftjax.checkpoints.arrays import read_arrays
 from ftjax.checkpoints.manifest import read_manifest
 from ftjax.config import validate
 from ftjax.errors import UserError
-from ftjax.loading import open_policy
+from ftjax.policy import open_policy
 from ftjax.train import run
 
 
