@@ -27,6 +27,7 @@ SHARE = Range("at least 0, below 1", lambda x: 0 <= x < 1)
 SETTING = Range(
     "at least 0, below 1, or -1 (as usual)", lambda x: 0 <= x < 1 or x == -1
 )
+BETWEEN = Range("between 0 and 1", lambda x: 0 <= x <= 1)
 NOT_EMPTY = Range("a name or a path", bool)
 
 
@@ -77,12 +78,26 @@ RULES: dict[str, Range] = {
     "data.on_bad_row": one_of("error", "skip"),
     "data.eval_rows": AT_LEAST_0,
     "loss.chunk": AT_LEAST_1,
+    "loss.beta": POSITIVE,
+    "loss.tau": POSITIVE,
+    "loss.gamma": AT_LEAST_0,
+    "loss.center": AT_LEAST_0,
+    "loss.temperature": POSITIVE,
+    "loss.label_smoothing": SHARE,
+    "loss.ld_alpha": BETWEEN,
+    "loss.nll_weight": AT_LEAST_0,
+    "loss.answer_weight": AT_LEAST_0,
+    "loss.text_weight": AT_LEAST_0,
+    "loss.desirable_weight": AT_LEAST_0,
+    "loss.undesirable_weight": AT_LEAST_0,
+    "loss.nll_scope": one_of("prompt+chosen", "chosen"),
+    "loss.reference": NOT_EMPTY,
     "optim.name": one_of(*settings.NAMES),
     "optim.lr": POSITIVE,
     "optim.b_lr_ratio": POSITIVE,
     "optim.schedule": one_of("constant", "linear", "cosine", "wsd"),
     "optim.warmup": AT_LEAST_0,
-    "optim.final": Range("between 0 and 1", lambda x: 0 <= x <= 1),
+    "optim.final": BETWEEN,
     "optim.decay": Range("above 0, at most 1", lambda x: 0 < x <= 1),
     "optim.b1": SETTING,
     "optim.b2": SETTING,

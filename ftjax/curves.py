@@ -212,15 +212,38 @@ def write_errors_png(
         figure.savefig(path, format="png")
 
 
-def write_loss_png(path: Path, series: Sequence[Series], title: str) -> None:
-    """Draws the loss by step to a PNG file, replaced in one rename."""
+def write_loss_png(
+    path: Path, panels: Sequence[tuple[str, Sequence[Series]]], title: str
+) -> None:
+    """Draws curves by step to a PNG file, replaced in one rename.
+
+    Args:
+      path: of the file.
+      panels: (label of the axis, curves), side by side; the loss is the first.
+      title: over them.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    width = 8 if len(panels) == 1 else 5.5 * len(panels)
+    figure = Figure(figsize=(width, 4.5), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    drawn = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label_of, series) in zip(drawn, panels, strict=True):
+        _draw(axes, label_of, series)
+    style = {"fontsize": 12, "fontweight": "bold", "parse_math": False}
+    drawn[0].set_title(title, loc="left", **style)
+    partial = path.with_name(path.name + ".partial")
+    with warnings.catch_warnings():
+        # A title in a script that the font lacks is drawn as boxes: no reason to stop.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(partial, format="png")
+    partial.replace(path)
+
+
+def _draw(axes: Any, label_of: str, series: Sequence[Series]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     looks: dict[str, dict[str, Any]] = {
         "faint": {"color": "#2f6fed", "alpha": 0.25, "linewidth": 1.0},
         "line": {"color": "#2f6fed", "linewidth": 2.0},
@@ -228,18 +251,11 @@ def write_loss_png(path: Path, series: Sequence[Series], title: str) -> None:
     }
     for one in series:
         axes.plot(*zip(*one.points, strict=True), label=one.name, **looks[one.kind])
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", parse_math=False)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per trained token)")
+    axes.set_ylabel(label_of)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#d7dbe2", linewidth=0.7)
     axes.set_axisbelow(True)
     if series:
         axes.legend(frameon=False)
-    partial = path.with_name(path.name + ".partial")
-    with warnings.catch_warnings():
-        # A title in a script that the font lacks is drawn as boxes: no reason to stop.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(partial, format="png")
-    partial.replace(path)

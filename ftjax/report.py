@@ -20,6 +20,7 @@ from typing import Any
 
 from ftjax import curves
 from ftjax.console import count, duration, printable
+from ftjax.meanings import MEANINGS
 from ftjax.metrics import METRICS, SAMPLES, read_rows
 
 PACKAGES = (
@@ -33,6 +34,19 @@ PACKAGES = (
     "tokenizers",
 )
 LONGEST_TEXT = 4000
+LOSS_OF_TOKENS = "loss (nats per trained token)"
+# Beside the loss, where a run has them: the numbers at the top, the curves.
+TILES = ("loss", "perplexity", "rewards/accuracies_fair", "accuracy_fair")
+CHARTS = (
+    "rewards/accuracies_fair",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "accuracy_fair",
+    "margin",
+    "kl",
+    "nll",
+)
 
 _SECRET_KEY = re.compile(
     r"(?i)(^|[_.-])(tokens?|passw(or)?d|secret|api_?key|credentials?)$"
@@ -61,11 +75,24 @@ def write_report(workdir: Path) -> None:
         _points(rows, "train", "loss"), _points(rows, "eval", "loss")
     )
     title = _title(config, workdir)
-    curves.write_loss_png(workdir / "loss.png", loss, title)
+    curves.write_loss_png(workdir / "loss.png", _panels(rows, loss), title)
     page = _page(title, rows, samples, config, loss)
     partial = workdir / "report.html.partial"
     partial.write_text(page, encoding="utf-8")
     partial.replace(workdir / "report.html")
+
+
+def _panels(
+    rows: list[Row], loss: list[curves.Series]
+) -> list[tuple[str, list[curves.Series]]]:
+    """The loss, and what tells most beside it, where the task has such a number."""
+    found = [(LOSS_OF_TOKENS, loss)]
+    for name in CHARTS:
+        points = _points(rows, "train", name), _points(rows, "eval", name)
+        if any(points):
+            found = [("loss", loss), (name, curves.loss_series(*points))]
+            break
+    return found
 
 
 def environment() -> dict[str, str]:
@@ -176,13 +203,12 @@ def _results(rows: list[Row]) -> str:
     tiles = []
     if evals:
         first, last = evals[0], evals[-1]
-        for name, title, shown in (
-            ("loss", "eval loss", "{:.3f}"),
-            ("perplexity", "perplexity", "{:.2f}"),
-        ):
+        for name in TILES:
             if name in first and name in last:
+                shown = MEANINGS[name].shown
                 before = shown.format(first[name])
                 was = f", was {before}" if len(evals) > 1 else ""
+                title = "eval loss" if name == "loss" else name
                 tiles.append((title + was, shown.format(last[name])))
     if speeds:
         speed = statistics.median(speeds)
@@ -213,18 +239,14 @@ def _eval_table(evals: list[Row]) -> str:
         columns.append(("best", best))
     head = "".join(f"<th>{name}, step {row['step']:,}</th>" for name, row in columns)
     body = []
-    for name, title, shown, sign in (
-        ("loss", "eval loss per trained token", "{:.4f}", -1),
-        ("perplexity", "perplexity", "{:.3f}", -1),
-        ("token_accuracy", "token accuracy", "{:.2%}", 1),
-    ):
+    for name, (shown, sign, text) in MEANINGS.items():
         if not all(isinstance(row.get(name), int | float) for _, row in columns):
             continue
         cells = "".join(f"<td>{shown.format(row[name])}</td>" for _, row in columns)
         change = last[name] - first[name]
         better = ' class="better"' if change * sign > 0 else ""
         cells += f"<td{better}>{shown.replace(':', ':+').format(change)}</td>"
-        body.append(f"<tr><th>{title}</th>{cells}</tr>")
+        body.append(f'<tr><th title="{_esc(text)}">{name}</th>{cells}</tr>')
     return (
         '<div class="scroll"><table class="results"><thead><tr><th></th>'
         f"{head}<th>change</th></tr></thead>"
@@ -240,6 +262,11 @@ def _loss_of(row: Row) -> float:
 def _curves(rows: list[Row], loss: Sequence[curves.Series]) -> str:
     keys = "".join(f'<i class="{one.kind}"></i>{_esc(one.name)}' for one in loss)
     figures = [_figure("Loss", keys, curves.svg_chart("Loss", loss))]
+    for name in CHARTS:
+        own = _points(rows, "train", name), _points(rows, "eval", name)
+        if any(own):
+            series = curves.loss_series(*own)
+            figures.append(_figure(name, keys, curves.svg_chart(name, series)))
     for name, title in (
         ("lr", "Learning rate"),
         ("grad_norm", "Gradient norm"),

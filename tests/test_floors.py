@@ -24,6 +24,7 @@ FLOORS = {
     "ftjax.step": 0,
     "ftjax.optim": 0,
     "ftjax.optimizers": 0,
+    "ftjax.meanings": 0,
     "ftjax.metrics": 0,
     "ftjax.config": 0,
     "ftjax.console": 0,
