@@ -31,9 +31,8 @@ from ftjax.methods.several import Update, combine
 from ftjax.models.proj import Path, put
 from ftjax.weights import Delta
 
-Change = Callable[
-    [int, np.ndarray], np.ndarray
-]  # (layer, [O, I]) -> read instead of it
+# (layer, w [O, I] float32) -> what is kept, or quantized, in its place
+Change = Callable[[int, np.ndarray], np.ndarray]
 Factors = tuple[np.ndarray, np.ndarray]  # a [I, r], b [r, O], float32
 
 
