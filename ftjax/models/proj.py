@@ -28,7 +28,8 @@ class Proj(nn.Module):
     """`einsum(eqn, x, w)`, plus the low-rank update if there is one, plus a bias.
 
     Reads `quant/.../w` where that collection has a `QTensor`, else `params/.../w`, and
-    adds `lora/.../w` where that collection has a `Delta`, or a `Stack` of them.
+    adds `lora/.../w` where that collection has a `Delta`, or a `Stack` of them. A
+    `Delta` with a magnitude multiplies the sum by its gain, but not the bias.
     Multiplies its inputs or its outputs by `ia3/.../inputs` or `ia3/.../outputs`,
     where there is such a vector.
 
