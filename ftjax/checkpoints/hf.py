@@ -240,13 +240,7 @@ def load_params(
     Raises:
       UserError: a file has changed, or at the first NaN or infinity.
     """
-    if dtype not in DTYPES:
-        raise UserError(
-            "weights cannot be kept in this dtype",
-            where="config.model.param_dtype",
-            expected=" or ".join(DTYPES),
-            got=repr(dtype),
-        )
+    _require_known(dtype)
     plan = {**(formats or {}), **weights.formats}
     own = dtypes or {}
     tell_policy(weights, dtype, plan, note, own)
@@ -268,6 +262,16 @@ def load_params(
             node = node.setdefault(key, {})
         node[path[-1]] = leaf
     return tree
+
+
+def _require_known(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(
+            "weights cannot be kept in this dtype",
+            where="config.model.param_dtype",
+            expected=" or ".join(DTYPES),
+            got=repr(dtype),
+        )
 
 
 def _floats(
