@@ -20,9 +20,10 @@ def plan(config: Any, ready: Prepared) -> str:
     parts.append(trainable(shape))
     c = config.train
     rows = data.loader.rows_per_epoch
+    kind = "dora" if config.method.get("use_dora") else config.method.name
     cut = f" in {c.accumulate} micro-batches" if c.accumulate > 1 else ""
     parts.append(
-        f"{base.name}: {config.method.name}{stored(config, shape)}, "
+        f"{base.name}: {kind}{stored(config, shape)}, "
         f"{shape.dtype} computation; "
         f"{steps:,} steps of {c.batch_size} rows x {data.length} tokens{cut}, "
         f"{steps * c.batch_size / rows:.3g} epochs of {rows:,} rows"

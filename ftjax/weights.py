@@ -54,8 +54,8 @@ class Delta:
     def folded(self, eqn: str, x: Array, w: Weight, gain: Array | None = None) -> Array:
         """`einsum(eqn, x, gain * (w + scale * a.b))`, quicker than two products.
 
-        For float32, many tokens and no dropout: in a lower precision the sum of the
-        weights would round a small update away.
+        For float32 and many tokens: in a lower precision the sum of the weights would
+        round a small update away.
         """
         a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
         return project_updated(eqn, x, w, a, b, self.scale, gain)

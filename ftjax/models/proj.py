@@ -31,6 +31,7 @@ class Proj(nn.Module):
     Reads `quant/.../w` where that collection has a `QTensor`, else `params/.../w`, and
     adds `lora/.../w` where that collection has a `Delta`, or a `Stack` of them, or
     `vera/.../w`, with the pair that it is called with.
+    A `Delta` with a magnitude multiplies the sum by its gain, but not the bias.
     Multiplies its inputs or its outputs by `ia3/.../inputs` or `ia3/.../outputs`,
     where there is such a vector.
 
