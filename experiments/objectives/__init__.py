@@ -1,0 +1,1 @@
+"""Every objective learns: one short run each, and what it changes on held-out rows."""
