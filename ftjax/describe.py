@@ -56,12 +56,13 @@ def evaluation(step: int, found: dict[str, float], shown: Sequence[str]) -> str:
     return f"eval at step {step}: " + ", ".join(parts)
 
 
-def result(workdir: Path, steps: int, chat: bool) -> dict[str, Any]:
+def result(workdir: Path, task: str, steps: int, chat: bool) -> dict[str, Any]:
     """What `--json` prints of a run, read from its own metrics."""
     rows = read_rows(workdir / METRICS)
     evals = [row for row in rows if row["split"] == "eval"]
     train = [row for row in rows if row["split"] == "train"]
-    found: dict[str, Any] = {"workdir": str(workdir), "steps": steps, "chat": chat}
+    found: dict[str, Any] = {"workdir": str(workdir), "task": task, "steps": steps}
+    found["chat"] = chat
     if train:
         found |= {"loss": train[-1]["loss"], "tokens": train[-1]["tokens"]}
         found["seconds"] = train[-1]["time"]
@@ -88,5 +89,10 @@ def ending(found: dict[str, Any]) -> str:
         lines.append(f"eval loss {before:.4f} -> {after:.4f}")
     lines.append(console.table(list(map(list, found["files"].items()))))
     use = "chat with it" if found["chat"] else "continue text with it"
-    lines.append(f"{use}: python -m ftjax.generate --workdir={found['workdir']}")
+    command = f"python -m ftjax.generate --workdir={found['workdir']}"
+    if found["task"] == "reward":
+        use = "let it judge"
+        command = f"python -m ftjax.evaluate --workdir={found['workdir']} --data=FILE"
+        command += " --to=scores --out=FILE"
+    lines.append(f"{use}: {command}")
     return "\n".join(lines)

@@ -165,7 +165,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                     )
                 clock.restart()
         finish(folder, base, shape, state, frozen, checkpoints, origin)
-        return describe.result(folder.path, steps, meta["chat"])
+        return describe.result(folder.path, config.task, steps, meta["chat"])
 
 
 class Look:
