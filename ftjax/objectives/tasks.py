@@ -14,6 +14,7 @@ from ftjax.methods.parts import Method
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.causal import causal
 from ftjax.objectives.dpo import dpo
+from ftjax.objectives.grpo import grpo
 from ftjax.objectives.orpo import orpo
 from ftjax.objectives.reward import HEAD, reward_model
 from ftjax.step import Objective
@@ -39,12 +40,18 @@ class Task:
     ends: bool = False
     shown: tuple[str, ...] = ()
 
+    @property
+    def online(self) -> bool:
+        """It learns from its own answers; see `rl.rollouts`."""
+        return self.reads == "prompts"
+
 
 def _causal(model: Decoder, config: Any) -> Objective:
     return causal(model, config.chunk)
 
 
 LIKELIHOOD = ("perplexity", "token_accuracy")
+REWARD = ("completions/mean_length",)
 PREFERENCE = ("rewards/accuracies_fair", "rewards/margins")
 
 TASKS: dict[str, Task] = {
@@ -59,6 +66,7 @@ TASKS: dict[str, Task] = {
     ),
     "dpo": Task(dpo, "pairs", reference=True, shown=PREFERENCE),
     "orpo": Task(orpo, "mixed", shown=("nll", *PREFERENCE)),
+    "grpo": Task(grpo, "prompts", shown=REWARD),
 }
 
 

@@ -1,0 +1,276 @@
+"""Rollouts: the batches of a run that learns from its own answers.
+
+A rollout is a function of its number and of the policy: which prompts it draws, and
+with which random numbers, follows from the seed. Some optimizer steps train on its
+answers; then comes the next one, of the policy as it is by then.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.console import table, warn
+from ftjax.data.dataset import Dataset
+from ftjax.data.loader import Batch
+from ftjax.data.order import permutation
+from ftjax.errors import EXIT_DIVERGED, UserError
+from ftjax.losses.policy import k3
+from ftjax.losses.token_logps import token_logps
+from ftjax.models.decoder import Decoder, hidden_and_head
+from ftjax.objectives.online import LENGTH, METRIC
+from ftjax.prepare import Prepared
+from ftjax.rl.advantages import advantages_of, shares
+from ftjax.rl.answers import Answers, answer_prompts, lay_out
+from ftjax.rl.rewards import Judge
+from ftjax.rollout import Generator, Sampling
+from ftjax.sharding import batch_sharding, put_batch
+from ftjax.step import TrainState
+from ftjax.weights import join
+
+PyTree = Any
+EVAL_SEED, TRAIN_SEED = 0, 1  # streams of random numbers
+
+
+class Rollouts:
+    """Answers of the policy as batches, and as a measure of it.
+
+    Args:
+      config: of the run.
+      ready: what it prepared.
+      frozen: what is not trained.
+      reference: variables of the reference, or None where there is none.
+      judge: gives the rewards.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        ready: Prepared,
+        frozen: PyTree,
+        reference: PyTree | None,
+        judge: Judge,
+    ):
+        self.config, self.ready, self.judge = config, ready, judge
+        self.frozen, self.reference = frozen, reference
+        c = config.rollout
+        self.unit = c.batches * c.passes
+        self.size = config.train.batch_size * c.batches  # completions
+        self._rows: Batch = {}
+        self._number, self._warned = -1, False
+        self._score = jax.jit(make_score(ready.shape.model, config.loss))
+
+    def batch(self, step: int, state: TrainState) -> Batch:
+        """The batch of a step, leaves [k, rows, ...]; a `loop.Source`."""
+        number, part = divmod(step, self.unit)
+        if part == 0:
+            self._rows, self._number = self.rollout(number, state.trained), number
+        if number != self._number:
+            raise ValueError(f"step {step} is within a rollout that is not there")
+        c = self.config
+        turn, place = divmod(part, c.rollout.batches)
+        order = np.arange(self.size)
+        if self.unit > 1:
+            order = permutation(self.size, c.seed, number * c.rollout.passes + turn)
+        count, k = c.train.batch_size, c.train.accumulate
+        chosen = order[place * count : (place + 1) * count]
+        rows = {name: x[chosen] for name, x in self._rows.items()}
+        rows |= shares(rows["weights"], c.loss, k, c.rollout.max_new_tokens)
+        return {n: x.reshape(k, count // k, *x.shape[1:]) for n, x in rows.items()}
+
+    def rollout(self, number: int, trained: PyTree) -> Batch:
+        """The rows of a whole rollout, leaves [n, ...].
+
+        Raises:
+          UserError: of the rewards, or the policy is further from its reference than
+            `config.loss.max_kl`.
+        """
+        c, data = self.config, self.ready.data
+        policy = join(self.frozen, trained)
+        prompts = self.size // c.rollout.group
+        drawn = data.loader.groups(number * prompts, prompts)
+        rows = [i for (i,) in drawn for _ in range(c.rollout.group)]
+        seed = _seed(c.seed, TRAIN_SEED, number)
+        answers = self.answer(policy, data.train, rows, c.loss.temperature, seed)
+        batch = lay_out(
+            answers.prompts, [a.tokens for a in answers.completions], data.length
+        )
+        if c.loss.mask_truncated:
+            batch["weights"] *= answers.stopped[:, None]
+        batch |= self.scores(policy, batch)
+        self._check_kl(batch)
+        batch["advantage"], values = advantages_of(answers, batch, c)
+        told = {**answer_metrics(answers), **values}
+        self._warn_once(told["frac_reward_zero_std"])
+        more = {METRIC + name: x.astype(np.float32) for name, x in told.items()}
+        return batch | more
+
+    def answer(
+        self,
+        policy: PyTree,
+        dataset: Dataset,
+        rows: Sequence[int],
+        temperature: float,
+        seed: int,
+    ) -> Answers:
+        """Answers of some prompts, judged."""
+        base, c = self.ready.base, self.config.rollout
+        generator = Generator(
+            base.spec, policy, dtype=self.ready.shape.dtype, eos_ids=base.eos_ids
+        )
+        sampling = Sampling(temperature, c.top_k, c.top_p, seed)
+        return answer_prompts(
+            generator,
+            base.tokenizer,
+            dataset,
+            rows,
+            c.max_new_tokens,
+            sampling,
+            self.judge,
+        )
+
+    def scores(self, policy: PyTree, batch: Batch) -> Batch:
+        """What the policy and the reference say of the rows, where it is needed."""
+        wanted = {"old_logp": policy} if self.unit > 1 or self._limits_kl else {}
+        if self.reference is not None:
+            wanted["ref_logp"] = self.reference
+        size = self.config.train.batch_size // self.config.train.accumulate
+        sharding = batch_sharding(self.ready.mesh)
+        found = {}
+        for name, variables in wanted.items():
+            parts = []
+            for start in range(0, self.size, size):
+                part = {n: x[start : start + size] for n, x in batch.items()}
+                parts.append(self._score(variables, put_batch(part, sharding)))
+            found[name] = np.concatenate([np.asarray(part) for part in parts])
+        return found
+
+    @property
+    def _limits_kl(self) -> bool:
+        return self.config.loss.max_kl > 0
+
+    def _check_kl(self, batch: Batch) -> None:
+        if not self._limits_kl:
+            return
+        weights = batch["weights"]
+        policy, reference = (jnp.asarray(batch[n]) for n in ("old_logp", "ref_logp"))
+        each = np.asarray(k3(policy, reference))
+        kl = float((each * weights).sum() / max(weights.sum(), 1))
+        if not kl <= self.config.loss.max_kl:
+            raise UserError(
+                "the policy has gone too far from its reference",
+                where="config.loss.max_kl",
+                expected=f"a KL per token of at most {self.config.loss.max_kl:g}",
+                got=f"{kl:.4g}",
+                fix="lower config.optim.lr or raise config.loss.beta; the last "
+                "checkpoint of the run is from before",
+                code=EXIT_DIVERGED,
+            )
+
+    def _warn_once(self, equal: np.ndarray) -> None:
+        if equal.all() and not self._warned:
+            self._warned = True
+            warn(
+                "all completions of each prompt earn the same, so that there is no "
+                "signal in this rollout; frac_reward_zero_std counts such prompts"
+            )
+
+    def evaluate(self, trained: PyTree) -> dict[str, float] | None:
+        """Of the held-out prompts: the mean reward, `loss` (minus that) and metrics.
+
+        None where there are none.
+        """
+        data = self.ready.data
+        if data.eval is None:
+            return None
+        policy, c = join(self.frozen, trained), self.config
+        count = len(data.eval.examples)
+        size = min(c.train.batch_size, count)
+        found: list[dict[str, np.ndarray]] = []
+        for start in range(0, count, size):
+            # The last call is as large as the others, so that nothing compiles again.
+            rows = [min(i, count - 1) for i in range(start, start + size)]
+            seed = _seed(c.seed, EVAL_SEED, start)
+            temperature = c.rollout.eval_temperature
+            answers = self.answer(policy, data.eval, rows, temperature, seed)
+            real = min(size, count - start)
+            values = {**answer_metrics(answers), "tokens": answers.lengths}
+            found.append({name: x[:real] for name, x in values.items()})
+        whole = {k: np.concatenate([part[k] for part in found]) for k in found[0]}
+        tokens = int(whole.pop("tokens").sum())
+        known = {k: x[~np.isnan(x)] for k, x in whole.items()}
+        means = {k: float(x.mean()) for k, x in known.items() if len(x)}
+        reward = means.get("reward", math.nan)
+        return {"loss": -reward, "reward": reward, **means, "tokens": tokens}
+
+    def show(self, trained: PyTree) -> list["Shown"]:
+        """The likeliest answers to a few held-out prompts."""
+        data, count = self.ready.data, self.config.train.sample_rows
+        dataset = data.eval or data.train
+        count = min(count, len(dataset.examples))
+        if not count:
+            return []
+        rows = [i * len(dataset.examples) // count for i in range(count)]
+        answers = self.answer(join(self.frozen, trained), dataset, rows, 0.0, 0)
+        decode = self.ready.base.tokenizer.decode
+        prompts = [decode(ids).strip() for ids in answers.prompts]
+        texts = [text.strip() for text in answers.texts]
+        rewards = answers.judged.total.tolist()
+        return [Shown(*one) for one in zip(prompts, texts, rewards, strict=True)]
+
+
+class Shown(NamedTuple):
+    """A line of the table of answers."""
+
+    prompt: str
+    answer: str
+    reward: float
+
+
+def make_score(model: Decoder, config: Any) -> Any:
+    """`f(variables, batch)`: log p of every trained token [B, T], as in the loss."""
+
+    def score(variables: PyTree, batch: PyTree) -> jax.Array:
+        hidden, head = hidden_and_head(model, variables, batch)
+        return token_logps(
+            hidden,
+            head,
+            batch["targets"],
+            batch["weights"],
+            config.chunk,
+            temperature=config.temperature,
+        ).logp_BT
+
+    return score
+
+
+def answer_metrics(answers: Answers) -> dict[str, np.ndarray]:
+    """Metrics per completion under TRL's names, [n]; NaN where one says nothing."""
+    lengths, stopped = answers.lengths, answers.stopped
+    judged = answers.judged
+    each = {f"rewards/{name}/mean": x for name, x in judged.each.items()}
+    return {
+        "reward": judged.total,
+        **each,
+        "frac_reward_nan": judged.bad.astype(np.float64),
+        LENGTH: lengths,
+        "completions/mean_terminated_length": np.where(stopped, lengths, math.nan),
+        "completions/clipped_ratio": 1.0 - stopped,
+        "completions/empty_ratio": np.array(
+            [float(not text.strip()) for text in answers.texts]
+        ),
+    }
+
+
+def shown_table(rows: Sequence[Shown]) -> str:
+    """For the console."""
+    return table(rows, Shown._fields, wrap=40)
+
+
+def _seed(seed: int, stream: int, number: int) -> int:
+    """31 bits that follow from the run's seed, the stream and the number in it."""
+    counter = np.random.Philox(key=[seed, stream], counter=[number, 0, 0, 0])
+    return int(counter.random_raw() >> 33)

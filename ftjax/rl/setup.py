@@ -1,0 +1,44 @@
+"""What a run that learns from rewards needs beside its model."""
+
+from typing import Any
+
+from ftjax.loading import load_base
+from ftjax.objectives.tasks import task_of
+from ftjax.prepare import Prepared, random_params
+from ftjax.rl.rewards import Judge
+from ftjax.rl.rollouts import Rollouts
+
+PyTree = Any
+
+
+def open_rollouts(config: Any, ready: Prepared, frozen: PyTree) -> Rollouts | None:
+    """The rollouts of a run, or None where its rows are stored.
+
+    Args:
+      config: of the run.
+      ready: what it prepared.
+      frozen: what is not trained.
+
+    Raises:
+      UserError: a reward that is not there or does not fit.
+    """
+    if not task_of(config.task).online:
+        return None
+    judge = Judge(config.reward)
+    return Rollouts(config, ready, frozen, _reference(config, ready, frozen), judge)
+
+
+def _reference(config: Any, ready: Prepared, frozen: PyTree) -> PyTree | None:
+    """The model as it began, where a loss or a limit compares with it.
+
+    Where what is frozen is not the base, that is a second model in memory.
+    """
+    if config.loss.beta == 0 and config.loss.max_kl == 0:
+        return None
+    shape = ready.shape
+    if shape.method.frozen_is_base:
+        return frozen
+    if config.model.from_scratch:
+        return {"params": random_params(shape.model, config.seed, ready.mesh)}
+    formats = shape.formats
+    return load_base(ready.base, shape.param_dtype, ready.mesh, formats=formats)
