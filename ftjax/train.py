@@ -116,9 +116,12 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         def due(step: int, every: int) -> bool:
             return step == steps or (every > 0 and step % every == 0)
 
+        def ends(step: int) -> bool:  # not within a rollout
+            return stop.requested and (not game or step % game.unit == 0)
+
         def pause(step: int) -> bool:
             often = (c.eval_every, c.sample_every, c.save_every)
-            return any(due(step, every) for every in often) or stop.requested
+            return any(due(step, every) for every in often) or ends(step)
 
         log = MetricLog(
             folder.path,
@@ -158,10 +161,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                     better = score is not None and not score >= meta["best"]
                     meta["best"] = score if better else meta["best"]
                 kept = better and c.keep_best > 0
-                if due(step, c.save_every) or kept or stop.requested:
+                if due(step, c.save_every) or kept or ends(step):
                     meta["seconds"] = clock.elapsed
                     checkpoints.save(step, state, meta, score)
-                if stop.requested and step < steps:
+                if ends(step) and step < steps:
                     raise Stopped(
                         f"stopped: saved step {step} of {steps}; "
                         "the same command continues"

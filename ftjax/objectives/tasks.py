@@ -16,6 +16,7 @@ from ftjax.objectives.causal import causal
 from ftjax.objectives.dpo import dpo
 from ftjax.objectives.grpo import grpo
 from ftjax.objectives.orpo import orpo
+from ftjax.objectives.ppo import VALUE, ppo
 from ftjax.objectives.reward import HEAD, reward_model
 from ftjax.step import Objective
 
@@ -67,6 +68,7 @@ TASKS: dict[str, Task] = {
     "dpo": Task(dpo, "pairs", reference=True, shown=PREFERENCE),
     "orpo": Task(orpo, "mixed", shown=("nll", *PREFERENCE)),
     "grpo": Task(grpo, "prompts", shown=REWARD),
+    "ppo": Task(ppo, "prompts", head=VALUE, shown=REWARD),
 }
 
 

@@ -20,10 +20,13 @@ from ftjax.data.order import permutation
 from ftjax.errors import EXIT_DIVERGED, UserError
 from ftjax.losses.policy import k3
 from ftjax.losses.token_logps import token_logps
+from ftjax.methods.heads import read_head
 from ftjax.models.decoder import Decoder, hidden_and_head
 from ftjax.objectives.online import LENGTH, METRIC
+from ftjax.objectives.ppo import VALUE
+from ftjax.objectives.tasks import task_of
 from ftjax.prepare import Prepared
-from ftjax.rl.advantages import advantages_of, shares
+from ftjax.rl.advantages import of_groups, of_values, shares
 from ftjax.rl.answers import Answers, answer_prompts, lay_out
 from ftjax.rl.rewards import Judge
 from ftjax.rollout import Generator, Sampling
@@ -61,6 +64,7 @@ class Rollouts:
         self.size = config.train.batch_size * c.batches  # completions
         self._rows: Batch = {}
         self._number, self._warned = -1, False
+        self.critic = task_of(config.task).head == VALUE
         self._score = jax.jit(make_score(ready.shape.model, config.loss))
 
     def batch(self, step: int, state: TrainState) -> Batch:
@@ -69,7 +73,13 @@ class Rollouts:
         if part == 0:
             self._rows, self._number = self.rollout(number, state.trained), number
         if number != self._number:
-            raise ValueError(f"step {step} is within a rollout that is not there")
+            raise UserError(
+                "the run was saved within a rollout, as they are cut now",
+                where="config.rollout.batches, config.rollout.passes",
+                expected=f"a last step that is a multiple of {self.unit}",
+                got=str(step),
+                fix="continue with the batches and passes that the run began with",
+            )
         c = self.config
         turn, place = divmod(part, c.rollout.batches)
         order = np.arange(self.size)
@@ -78,7 +88,8 @@ class Rollouts:
         count, k = c.train.batch_size, c.train.accumulate
         chosen = order[place * count : (place + 1) * count]
         rows = {name: x[chosen] for name, x in self._rows.items()}
-        rows |= shares(rows["weights"], c.loss, k, c.rollout.max_new_tokens)
+        if not self.critic:
+            rows |= shares(rows["weights"], c.loss, k, c.rollout.max_new_tokens)
         return {n: x.reshape(k, count // k, *x.shape[1:]) for n, x in rows.items()}
 
     def rollout(self, number: int, trained: PyTree) -> Batch:
@@ -98,15 +109,18 @@ class Rollouts:
         batch = lay_out(
             answers.prompts, [a.tokens for a in answers.completions], data.length
         )
+        counts = ~np.isnan(answers.judged.total)
         if c.loss.mask_truncated:
-            batch["weights"] *= answers.stopped[:, None]
+            counts &= answers.stopped
+        batch["weights"] *= counts[:, None]
         batch |= self.scores(policy, batch)
         self._check_kl(batch)
-        batch["advantage"], values = advantages_of(answers, batch, c)
+        made = of_values if self.critic else of_groups
+        leaves, values = made(answers, batch, c)
         told = {**answer_metrics(answers), **values}
         self._warn_once(told["frac_reward_zero_std"])
         more = {METRIC + name: x.astype(np.float32) for name, x in told.items()}
-        return batch | more
+        return batch | leaves | more
 
     def answer(
         self,
@@ -134,18 +148,21 @@ class Rollouts:
 
     def scores(self, policy: PyTree, batch: Batch) -> Batch:
         """What the policy and the reference say of the rows, where it is needed."""
-        wanted = {"old_logp": policy} if self.unit > 1 or self._limits_kl else {}
+        own = self.unit > 1 or self._limits_kl or self.critic
+        wanted = {"old_": policy} if own else {}
         if self.reference is not None:
-            wanted["ref_logp"] = self.reference
+            wanted["ref_"] = self.reference
         size = self.config.train.batch_size // self.config.train.accumulate
         sharding = batch_sharding(self.ready.mesh)
         found = {}
-        for name, variables in wanted.items():
+        for prefix, variables in wanted.items():
             parts = []
             for start in range(0, self.size, size):
                 part = {n: x[start : start + size] for n, x in batch.items()}
                 parts.append(self._score(variables, put_batch(part, sharding)))
-            found[name] = np.concatenate([np.asarray(part) for part in parts])
+            for name in parts[0]:
+                whole = np.concatenate([np.asarray(part[name]) for part in parts])
+                found[prefix + name] = whole
         return found
 
     @property
@@ -231,18 +248,25 @@ class Shown(NamedTuple):
 
 
 def make_score(model: Decoder, config: Any) -> Any:
-    """`f(variables, batch)`: log p of every trained token [B, T], as in the loss."""
+    """`f(variables, batch)`: `logp` of every trained token, [B, T], as in the loss.
 
-    def score(variables: PyTree, batch: PyTree) -> jax.Array:
+    And the `value` of the state in which it is chosen, where there is such a head.
+    """
+
+    def score(variables: PyTree, batch: PyTree) -> dict[str, jax.Array]:
         hidden, head = hidden_and_head(model, variables, batch)
-        return token_logps(
+        found = {}
+        if VALUE in variables:
+            found["value"] = read_head(hidden, variables[VALUE]) * batch["weights"]
+        tokens = token_logps(
             hidden,
             head,
             batch["targets"],
             batch["weights"],
             config.chunk,
             temperature=config.temperature,
-        ).logp_BT
+        )
+        return {"logp": tokens.logp_BT, **found}
 
     return score
 
