@@ -42,6 +42,7 @@ from ftjax.models.presets import PRESETS
 from ftjax.models.proj import abstract_params, find_sites, params_axes, put
 from ftjax.models.registry import spec_from_config
 from ftjax.models.spec import ModelSpec
+from ftjax.objectives.ppo import VALUE
 from ftjax.objectives.tasks import plan_task
 from ftjax.quant.qtensor import QTensor
 from ftjax.run_folder import choose_step, read_run_config
@@ -305,6 +306,8 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         loaded = load_base(base, dtype, mesh, formats=formats, note=note)
         frozen = method.rest(loaded)
         variables = join(frozen, trained)
+    # It serves the training alone: what a policy says does not depend on it.
+    variables.pop(VALUE, None)
     return Policy(
         base,
         decoder,

@@ -217,6 +217,7 @@ def _eval_table(evals: list[Row]) -> str:
         ("loss", "eval loss per trained token", "{:.4f}", -1),
         ("perplexity", "perplexity", "{:.3f}", -1),
         ("token_accuracy", "token accuracy", "{:.2%}", 1),
+        ("reward", "mean reward", "{:.4f}", 1),
     ):
         if not all(isinstance(row.get(name), int | float) for _, row in columns):
             continue
@@ -241,11 +242,16 @@ def _curves(rows: list[Row], loss: Sequence[curves.Series]) -> str:
     keys = "".join(f'<i class="{one.kind}"></i>{_esc(one.name)}' for one in loss)
     figures = [_figure("Loss", keys, curves.svg_chart("Loss", loss))]
     for name, title in (
+        ("reward", "Mean reward"),
+        ("kl", "KL to the reference"),
+        ("completions/mean_length", "Tokens per answer"),
         ("lr", "Learning rate"),
         ("grad_norm", "Gradient norm"),
         ("tokens_per_s", "Tokens per second"),
     ):
         points = _points(rows, "train", name)
+        if not points and name not in ("lr", "grad_norm", "tokens_per_s"):
+            continue
         chart = curves.svg_chart(
             title, [curves.Series(title, "line", points)], from_zero=True
         )
@@ -274,13 +280,13 @@ def _sample(prompt: str, rows: list[Row]) -> str:
     first, *between, last = rows if len(rows) > 1 else (None, rows[0])
     sides = [("before", first), ("after", last)] if first else [("after", last)]
     pair = "".join(
-        f'<div class="{side}"><span class="tag">{side}, step {int(row["step"]):,}'
+        f'<div class="{side}"><span class="tag">{side}, {_step(row)}'
         f'</span><p class="text">{_text(row.get("text"))}</p></div>'
         for side, row in sides
         if row
     )
     more = "".join(
-        f'<span class="tag">step {int(row["step"]):,}</span>'
+        f'<span class="tag">{_step(row)}</span>'
         f'<p class="text">{_text(row.get("text"))}</p>'
         for row in between
     )
@@ -296,6 +302,12 @@ def _sample(prompt: str, rows: list[Row]) -> str:
         f'<article class="sample"><p class="prompt">{_text(prompt)}</p>'
         f'<div class="pair">{pair}</div>{folded}</article>'
     )
+
+
+def _step(row: Row) -> str:
+    reward = row.get("reward")
+    earns = f", reward {reward:.4g}" if isinstance(reward, int | float) else ""
+    return f"step {int(row['step']):,}{earns}"
 
 
 def _config(config: Row) -> str:

@@ -35,7 +35,8 @@ from ftjax.optim import make_optimizer, make_schedule
 from ftjax.prepare import Prepared, Shape, load_variables, prepare
 from ftjax.reference import add_reference
 from ftjax.report import write_report
-from ftjax.rl.rollouts import Rollouts, shown_table
+from ftjax.rl.player import shown_table
+from ftjax.rl.rollouts import Rollouts
 from ftjax.rl.setup import open_rollouts
 from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding

@@ -12,7 +12,11 @@ from ftjax.errors import EXIT_DIVERGED, UserError
 from ftjax.rl.functions import WHERE, Reward, find_reward
 
 Columns = dict[str, Any]
-Scores = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], np.ndarray]
+Ids = Sequence[int]
+# (columns, prompts, answers, whether each ended by itself) -> scores
+Scores = Callable[
+    [Sequence[Columns], Sequence[Ids], Sequence[Ids], Sequence[bool]], np.ndarray
+]
 MODEL = "model"  # the name of the reward model's reward
 
 
@@ -36,8 +40,7 @@ class Judge:
 
     Args:
       config: `config.reward`.
-      model: the scores of a reward model for (prompts, completions) as token ids, or
-        None; its weight is the last.
+      model: the scores of a reward model, or None; its weight is the last.
 
     Raises:
       UserError: a reward that is not there, or as many weights as there are rewards.
@@ -54,8 +57,8 @@ class Judge:
         self,
         rows: Sequence[Columns],
         texts: Sequence[str],
-        prompts: Sequence[Sequence[int]],
-        answers: Sequence[Sequence[int]],
+        prompts: Sequence[Ids],
+        answers: Sequence[Ids],
         stopped: Sequence[bool],
     ) -> Judged:
         """The rewards of some completions.
@@ -76,7 +79,8 @@ class Judge:
             for name, function in self.functions.items()
         }
         if self.model is not None:
-            each[MODEL] = self.model(prompts, answers).astype(np.float64)
+            found = self.model(rows, prompts, answers, stopped)
+            each[MODEL] = found.astype(np.float64)
         absent = np.array([[x is None for x in column] for column in each.values()])
         table = np.array(
             [[math.nan if x is None else x for x in column] for column in each.values()]

@@ -5,16 +5,13 @@ with which random numbers, follows from the seed. Some optimizer steps train on 
 answers; then comes the next one, of the policy as it is by then.
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.console import table, warn
-from ftjax.data.dataset import Dataset
+from ftjax.console import warn
 from ftjax.data.loader import Batch
 from ftjax.data.order import permutation
 from ftjax.errors import EXIT_DIVERGED, UserError
@@ -22,20 +19,18 @@ from ftjax.losses.policy import k3
 from ftjax.losses.token_logps import token_logps
 from ftjax.methods.heads import read_head
 from ftjax.models.decoder import Decoder, hidden_and_head
-from ftjax.objectives.online import LENGTH, METRIC
+from ftjax.objectives.online import METRIC
 from ftjax.objectives.ppo import VALUE
 from ftjax.objectives.tasks import task_of
 from ftjax.prepare import Prepared
 from ftjax.rl.advantages import of_groups, of_values, shares
-from ftjax.rl.answers import Answers, answer_prompts, lay_out
-from ftjax.rl.rewards import Judge
-from ftjax.rollout import Generator, Sampling
+from ftjax.rl.answers import lay_out
+from ftjax.rl.player import TRAIN_SEED, Player, Shown, answer_metrics, seed_of
 from ftjax.sharding import batch_sharding, put_batch
 from ftjax.step import TrainState
 from ftjax.weights import join
 
 PyTree = Any
-EVAL_SEED, TRAIN_SEED = 0, 1  # streams of random numbers
 
 
 class Rollouts:
@@ -46,7 +41,7 @@ class Rollouts:
       ready: what it prepared.
       frozen: what is not trained.
       reference: variables of the reference, or None where there is none.
-      judge: gives the rewards.
+      player: lets the policy answer.
     """
 
     def __init__(
@@ -55,9 +50,9 @@ class Rollouts:
         ready: Prepared,
         frozen: PyTree,
         reference: PyTree | None,
-        judge: Judge,
+        player: Player,
     ):
-        self.config, self.ready, self.judge = config, ready, judge
+        self.config, self.ready, self.player = config, ready, player
         self.frozen, self.reference = frozen, reference
         c = config.rollout
         self.unit = c.batches * c.passes
@@ -104,8 +99,8 @@ class Rollouts:
         prompts = self.size // c.rollout.group
         drawn = data.loader.groups(number * prompts, prompts)
         rows = [i for (i,) in drawn for _ in range(c.rollout.group)]
-        seed = _seed(c.seed, TRAIN_SEED, number)
-        answers = self.answer(policy, data.train, rows, c.loss.temperature, seed)
+        seed = seed_of(c.seed, TRAIN_SEED, number)
+        answers = self.player.answer(policy, data.train, rows, c.loss.temperature, seed)
         batch = lay_out(
             answers.prompts, [a.tokens for a in answers.completions], data.length
         )
@@ -121,30 +116,6 @@ class Rollouts:
         self._warn_once(told["frac_reward_zero_std"])
         more = {METRIC + name: x.astype(np.float32) for name, x in told.items()}
         return batch | leaves | more
-
-    def answer(
-        self,
-        policy: PyTree,
-        dataset: Dataset,
-        rows: Sequence[int],
-        temperature: float,
-        seed: int,
-    ) -> Answers:
-        """Answers of some prompts, judged."""
-        base, c = self.ready.base, self.config.rollout
-        generator = Generator(
-            base.spec, policy, dtype=self.ready.shape.dtype, eos_ids=base.eos_ids
-        )
-        sampling = Sampling(temperature, c.top_k, c.top_p, seed)
-        return answer_prompts(
-            generator,
-            base.tokenizer,
-            dataset,
-            rows,
-            c.max_new_tokens,
-            sampling,
-            self.judge,
-        )
 
     def scores(self, policy: PyTree, batch: Batch) -> Batch:
         """What the policy and the reference say of the rows, where it is needed."""
@@ -196,55 +167,18 @@ class Rollouts:
             )
 
     def evaluate(self, trained: PyTree) -> dict[str, float] | None:
-        """Of the held-out prompts: the mean reward, `loss` (minus that) and metrics.
-
-        None where there are none.
-        """
-        data = self.ready.data
-        if data.eval is None:
+        """The rewards of the held-out prompts, or None; see `Player.evaluate`."""
+        data = self.ready.data.eval
+        if data is None:
             return None
-        policy, c = join(self.frozen, trained), self.config
-        count = len(data.eval.examples)
-        size = min(c.train.batch_size, count)
-        found: list[dict[str, np.ndarray]] = []
-        for start in range(0, count, size):
-            # The last call is as large as the others, so that nothing compiles again.
-            rows = [min(i, count - 1) for i in range(start, start + size)]
-            seed = _seed(c.seed, EVAL_SEED, start)
-            temperature = c.rollout.eval_temperature
-            answers = self.answer(policy, data.eval, rows, temperature, seed)
-            real = min(size, count - start)
-            values = {**answer_metrics(answers), "tokens": answers.lengths}
-            found.append({name: x[:real] for name, x in values.items()})
-        whole = {k: np.concatenate([part[k] for part in found]) for k in found[0]}
-        tokens = int(whole.pop("tokens").sum())
-        known = {k: x[~np.isnan(x)] for k, x in whole.items()}
-        means = {k: float(x.mean()) for k, x in known.items() if len(x)}
-        reward = means.get("reward", math.nan)
-        return {"loss": -reward, "reward": reward, **means, "tokens": tokens}
+        policy = join(self.frozen, trained)
+        return self.player.evaluate(policy, data, self.config.train.batch_size)
 
-    def show(self, trained: PyTree) -> list["Shown"]:
+    def show(self, trained: PyTree) -> list[Shown]:
         """The likeliest answers to a few held-out prompts."""
         data, count = self.ready.data, self.config.train.sample_rows
-        dataset = data.eval or data.train
-        count = min(count, len(dataset.examples))
-        if not count:
-            return []
-        rows = [i * len(dataset.examples) // count for i in range(count)]
-        answers = self.answer(join(self.frozen, trained), dataset, rows, 0.0, 0)
-        decode = self.ready.base.tokenizer.decode
-        prompts = [decode(ids).strip() for ids in answers.prompts]
-        texts = [text.strip() for text in answers.texts]
-        rewards = answers.judged.total.tolist()
-        return [Shown(*one) for one in zip(prompts, texts, rewards, strict=True)]
-
-
-class Shown(NamedTuple):
-    """A line of the table of answers."""
-
-    prompt: str
-    answer: str
-    reward: float
+        policy = join(self.frozen, trained)
+        return self.player.show(policy, data.eval or data.train, count)
 
 
 def make_score(model: Decoder, config: Any) -> Any:
@@ -269,32 +203,3 @@ def make_score(model: Decoder, config: Any) -> Any:
         return {"logp": tokens.logp_BT, **found}
 
     return score
-
-
-def answer_metrics(answers: Answers) -> dict[str, np.ndarray]:
-    """Metrics per completion under TRL's names, [n]; NaN where one says nothing."""
-    lengths, stopped = answers.lengths, answers.stopped
-    judged = answers.judged
-    each = {f"rewards/{name}/mean": x for name, x in judged.each.items()}
-    return {
-        "reward": judged.total,
-        **each,
-        "frac_reward_nan": judged.bad.astype(np.float64),
-        LENGTH: lengths,
-        "completions/mean_terminated_length": np.where(stopped, lengths, math.nan),
-        "completions/clipped_ratio": 1.0 - stopped,
-        "completions/empty_ratio": np.array(
-            [float(not text.strip()) for text in answers.texts]
-        ),
-    }
-
-
-def shown_table(rows: Sequence[Shown]) -> str:
-    """For the console."""
-    return table(rows, Shown._fields, wrap=40)
-
-
-def _seed(seed: int, stream: int, number: int) -> int:
-    """31 bits that follow from the run's seed, the stream and the number in it."""
-    counter = np.random.Philox(key=[seed, stream], counter=[number, 0, 0, 0])
-    return int(counter.random_raw() >> 33)

@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from ftjax.loading import load_base
+from ftjax.loading import Base, load_base
 from ftjax.objectives.tasks import task_of
 from ftjax.prepare import Prepared, random_params
+from ftjax.rl.player import Player
+from ftjax.rl.reward_model import RewardModel
 from ftjax.rl.rewards import Judge
 from ftjax.rl.rollouts import Rollouts
 
@@ -24,8 +26,24 @@ def open_rollouts(config: Any, ready: Prepared, frozen: PyTree) -> Rollouts | No
     """
     if not task_of(config.task).online:
         return None
-    judge = Judge(config.reward)
-    return Rollouts(config, ready, frozen, _reference(config, ready, frozen), judge)
+    base, shape = ready.base, ready.shape
+    judge = open_judge(
+        config.reward,
+        base,
+        length=ready.data.length,
+        rows=config.train.batch_size // config.train.accumulate,
+        dtype=shape.dtype,
+        mesh=ready.mesh,
+    )
+    player = Player(base, shape.dtype, config.seed, config.rollout, judge)
+    return Rollouts(config, ready, frozen, _reference(config, ready, frozen), player)
+
+
+def open_judge(reward: Any, base: Base, **place: Any) -> Judge:
+    """The judge of `config.reward`; `place` is where a reward model is put."""
+    return Judge(
+        reward, RewardModel(reward.model, base, **place) if reward.model else None
+    )
 
 
 def _reference(config: Any, ready: Prepared, frozen: PyTree) -> PyTree | None:
