@@ -64,7 +64,8 @@ class RewardModel:
                 got=str(length + len(self.tail)),
                 fix="lower config.rollout.max_new_tokens or config.data.max_length",
             )
-        self.rows, self.sharding = rows, batch_sharding(mesh)
+        self.rows = -(-rows // mesh.size) * mesh.size
+        self.sharding = batch_sharding(mesh)
         model = self.policy.model
 
         def score(variables: Any, batch: Any) -> jax.Array:
