@@ -78,7 +78,7 @@ RULES: dict[str, Range] = {
     "data.on_bad_row": one_of("error", "skip"),
     "data.eval_rows": AT_LEAST_0,
     "loss.chunk": AT_LEAST_1,
-    "loss.beta": POSITIVE,
+    "loss.beta": AT_LEAST_0,
     "loss.tau": POSITIVE,
     "loss.gamma": AT_LEAST_0,
     "loss.center": AT_LEAST_0,
@@ -92,6 +92,21 @@ RULES: dict[str, Range] = {
     "loss.undesirable_weight": AT_LEAST_0,
     "loss.nll_scope": one_of("prompt+chosen", "chosen"),
     "loss.reference": NOT_EMPTY,
+    "loss.clip_low": Range("above 0, at most 1", lambda x: 0 < x <= 1),
+    "loss.clip_high": POSITIVE,
+    "loss.max_kl": AT_LEAST_0,
+    "loss.lam": BETWEEN,
+    "loss.value_weight": AT_LEAST_0,
+    "loss.clip_value": POSITIVE,
+    "rollout.group": AT_LEAST_1,
+    "rollout.max_new_tokens": AT_LEAST_1,
+    "rollout.top_k": AT_LEAST_0,
+    "rollout.top_p": Range("above 0, at most 1", lambda x: 0 < x <= 1),
+    "rollout.batches": AT_LEAST_1,
+    "rollout.passes": AT_LEAST_1,
+    "rollout.eval_temperature": AT_LEAST_0,
+    "reward.words_wanted": AT_LEAST_1,
+    "reward.max_nan": BETWEEN,
     "optim.name": one_of(*settings.NAMES),
     "optim.lr": POSITIVE,
     "optim.b_lr_ratio": POSITIVE,
@@ -147,6 +162,8 @@ def validate(config: Any) -> None:
     _contradictions(config)
     _check_init(config)
     _check_optimizer(config)
+    if "rollout" in config:
+        _check_rollouts(config)
 
 
 def _contradictions(config: Any) -> None:
@@ -265,6 +282,48 @@ def _check_optimizer(config: Any) -> None:
             expected="b_lr_ratio=1, or method=lora or qlora",
             got=f"method={config.method.name}, b_lr_ratio={optim.b_lr_ratio}",
         )
+
+
+def _check_rollouts(config: Any) -> None:
+    """Rollouts are whole groups, and a run stops between them only."""
+    train, rollout = config.train, config.rollout
+    size, unit = train.batch_size * rollout.batches, rollout.batches * rollout.passes
+    if size % rollout.group:
+        near = -(-train.batch_size // rollout.group) * rollout.group
+        raise UserError(
+            "a rollout is not made of whole groups",
+            where="config.train.batch_size, config.rollout.group",
+            expected="batch_size * rollout.batches divisible by rollout.group",
+            got=f"{size} completions in groups of {rollout.group}",
+            fix=f"--config.train.batch_size={near}",
+        )
+    for name in ("steps", "save_every", "eval_every"):
+        if train[name] is not None and train[name] % unit:
+            near = -(-train[name] // unit) * unit
+            raise UserError(
+                "a run is saved between rollouts only: half of one cannot continue",
+                where=f"config.train.{name}, config.rollout",
+                expected=f"a multiple of batches * passes = {unit}",
+                got=str(train[name]),
+                fix=f"--config.train.{name}={near}",
+            )
+
+
+def prompt_room(max_length: int, new: int) -> int:
+    """The tokens that a prompt may have beside its answer.
+
+    Raises:
+      UserError: there are none left.
+    """
+    if max_length > new:
+        return max_length - new
+    raise UserError(
+        "an answer leaves no room for a prompt",
+        where="config.rollout.max_new_tokens, config.data.max_length",
+        expected=f"fewer new tokens than the {max_length} of a row",
+        got=str(new),
+        fix=f"--config.rollout.max_new_tokens={max(max_length // 2, 1)}",
+    )
 
 
 def _long_warmup(warmup: int, steps: int) -> UserError:

@@ -231,10 +231,13 @@ class Progress:
         loss: float | None = None,
         tokens_per_s: float | None = None,
         eta_s: float | None = None,
+        reward: float | None = None,
     ) -> None:
         """Shows where the run is; on a terminal it redraws the bar."""
         self._step = step
         parts = []
+        if reward is not None:
+            parts.append(f"reward {reward:.4f}")
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
         if tokens_per_s is not None:

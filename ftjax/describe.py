@@ -19,7 +19,7 @@ def plan(config: Any, ready: Prepared) -> str:
         parts.append(data.eval.report.text())
     parts.append(trainable(shape))
     c = config.train
-    rows = data.loader.rows_per_epoch
+    rows = data.rows
     kind = "dora" if config.method.get("use_dora") else config.method.name
     cut = f" in {c.accumulate} micro-batches" if c.accumulate > 1 else ""
     parts.append(

@@ -8,9 +8,10 @@
 
 In float32, over the whole file. Without a task it is the loss per trained token: of
 plain text every token after the first, of prompts and conversations the answers
-(--nocompletion_only: everything). A run is measured by its own task. --to=scores writes
-what a reward model thinks of each row. Several adapters are added up; with --use each
-is measured alone, over one base in memory.
+(--nocompletion_only: everything). A run is measured by its own task; one that learned
+from rewards answers the prompts, and is measured by those. --to=scores writes what a
+reward model thinks of each row. Several adapters are added up; with --use each is
+measured alone, over one base in memory.
 """
 
 import json
@@ -27,6 +28,7 @@ from jax.sharding import Mesh
 
 from ftjax import cli
 from ftjax.adapters import NONE, names_of
+from ftjax.config import prompt_room
 from ftjax.console import say
 from ftjax.data.dataset import Dataset, build_dataset
 from ftjax.data.loader import Loader, row_length
@@ -39,6 +41,8 @@ from ftjax.objectives.distill import TEACHER
 from ftjax.objectives.tasks import task_of
 from ftjax.policy import Policy, open_policy
 from ftjax.reference import open_other, put_reference, reference_sums
+from ftjax.rl.player import Player
+from ftjax.rl.setup import open_judge
 from ftjax.run_folder import read_run_config
 from ftjax.sharding import batch_sharding, make_mesh
 from ftjax.switch import chosen_alone, parse_use
@@ -117,7 +121,10 @@ def _told(
 ) -> dict[str, Any]:
     """What was measured of one policy, which is said too."""
     task, loss = question
-    found, report = measure(args, policy, mesh, task=task, loss=loss, tell=tell)
+    if task_of(task).online:
+        found, report = _judged(args, policy, mesh)
+    else:
+        found, report = measure(args, policy, mesh, task=task, loss=loss, tell=tell)
     shown = [f"{name} {found[name]:.4g}" for name in task_of(task).shown]
     parts = [f"loss {found['loss']:.5f}", *shown, f"{found['tokens']:,} tokens"]
     say(f"\n{policy.label}\n" + ", ".join(parts))
@@ -185,6 +192,25 @@ def measure(
         batch_sharding(mesh),
     )
     return found, loader.dataset.report
+
+
+def _judged(
+    args: Any, policy: Policy, mesh: Mesh
+) -> tuple[dict[str, float], DataReport]:
+    """The rewards of what a policy answers, as its config has them."""
+    saved = args.config.to_dict() if args.config else read_run_config(args.workdir)
+    rollout, reward = (SimpleNamespace(**saved[key]) for key in ("rollout", "reward"))
+    longest = _max_length(args, policy.max_positions)
+    room = prompt_room(longest, rollout.max_new_tokens)
+    data = _dataset(args, policy.base, room, "prompts")
+    say(data.report.text())
+    place = {"dtype": jnp.float32, "mesh": mesh}
+    judge = open_judge(
+        reward, policy.base, length=longest, rows=args.batch_size, **place
+    )
+    player = Player(policy.base, jnp.float32, saved["seed"], rollout, judge)
+    found = player.evaluate(policy.variables, data, args.batch_size)
+    return found, data.report
 
 
 def _reference(

@@ -61,6 +61,17 @@ MEANINGS: dict[str, Meaning] = {
     "nll/pair": Meaning(NATS, -1, "likelihood of the chosen answers of pairs, alone"),
     "nll/answer": Meaning(NATS, -1, "likelihood of the answers to imitate, alone"),
     "nll/text": Meaning(NATS, -1, "likelihood of the plain text, alone"),
+    "reward": Meaning(PLAIN, 1, "what an answer earns, on the mean"),
+    "reward_std": Meaning(
+        PLAIN,
+        0,
+        "how rewards differ among the answers to one prompt; without a "
+        "difference nothing is learned",
+    ),
+    "frac_reward_zero_std": Meaning(SHARE, -1, "prompts whose answers all earn alike"),
+    "completions/mean_length": Meaning(PLAIN, 0, "new tokens of an answer"),
+    "completions/clipped_ratio": Meaning(SHARE, -1, "answers cut off unfinished"),
+    "objective/kl": Meaning(PLAIN, 0, "KL to the reference, of a whole answer"),
     "kl": Meaning(PLAIN, 0, "how far the policy is from its reference, nats"),
     "accuracy": Meaning(SHARE, 1, "pairs whose chosen answer has the larger reward"),
     "accuracy_fair": Meaning(SHARE, 1, "the same with ties as one half"),

@@ -65,10 +65,10 @@ class MetricLog:
         self._copy(lambda copy: copy.scalars(int(step), named))
 
     def write_sample(
-        self, step: int, prompt: str, text: str, reference: str = ""
+        self, step: int, prompt: str, text: str, reference: str = "", **scalars: float
     ) -> None:
-        """Writes one generation to `samples.jsonl`."""
-        row = {"prompt": prompt, "text": text, "reference": reference}
+        """Writes one generation to `samples.jsonl`, perhaps with its reward."""
+        row = {"prompt": prompt, "text": text, "reference": reference, **scalars}
         self._append(SAMPLES, {"step": int(step), **row})
         self._copy(lambda copy: copy.text(int(step), prompt, text))
 

@@ -28,6 +28,7 @@ from ftjax.methods.virtual import virtual_count
 from ftjax.models.config_reader import say
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites
+from ftjax.objectives.ppo import VALUE
 from ftjax.objectives.tasks import plan_task
 from ftjax.run_folder import choose_step, read_run_config
 from ftjax.sharding import make_mesh, shard_tree
@@ -165,6 +166,8 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         loaded, origin = _load_left(method, base, dtype, mesh, formats, note)
         frozen = method.rest(loaded)
         variables = join(frozen, trained)
+    # It serves the training alone: what a policy says does not depend on it.
+    variables.pop(VALUE, None)
     return Policy(
         base,
         decoder,

@@ -13,9 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ftjax.config import check_devices, data_settings, total_steps, validate
+from ftjax.config import (
+    check_devices,
+    data_settings,
+    prompt_room,
+    total_steps,
+    validate,
+)
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
-from ftjax.data.loader import Loader, row_length
+from ftjax.data.loader import MULTIPLE, Loader, row_length
 from ftjax.errors import UserError
 from ftjax.loading import Base, load_base, open_base, stored_formats
 from ftjax.methods.dora import with_magnitudes
@@ -70,19 +76,25 @@ def prepare(config: Any) -> Prepared:
     shape = prepare_shape(config, base, mesh)
     room = base.spec.max_positions - virtual_count(shape.method)
     data = prepare_data(config, base, room)
-    steps = total_steps(config, data.loader.rows_per_epoch)
+    steps = total_steps(config, data.rows)
     return Prepared(mesh, base, shape, data, steps)
 
 
 @dataclass
 class Data:
-    """The rows of a run; `length` is the one T of its batches."""
+    """The rows of a run.
+
+    Attributes:
+      length: the one T of its batches.
+      rows: of an epoch that a step trains on; of prompts, their answers.
+    """
 
     train: Dataset
     eval: Dataset | None
     loader: Loader
     eval_loader: Loader | None
     length: int
+    rows: int
 
 
 def prepare_data(config: Any, base: Base, room: int) -> Data:
@@ -97,6 +109,8 @@ def prepare_data(config: Any, base: Base, room: int) -> Data:
       UserError: with file and line, for whatever cannot be trained on.
     """
     c, task = data_settings(config, room), task_of(config.task)
+    if task.online:
+        c.max_length = prompt_room(c.max_length, config.rollout.max_new_tokens)
 
     def build(source: str, split: str) -> Dataset:
         found = build_dataset(
@@ -115,11 +129,30 @@ def prepare_data(config: Any, base: Base, room: int) -> Data:
     if held_out:
         note_overlap(train, held_out)
     both = (train, held_out) if held_out else (train,)
+    if task.online:
+        return _prompts(config, train, held_out)
     length = row_length(*both, max_length=c.max_length, packing=c.packing)
     settings = {"length": length, "packing": c.packing, "seed": config.seed}
     loader = Loader(train, shuffle=c.shuffle, **settings)
     eval_loader = Loader(held_out, shuffle=False, **settings) if held_out else None
-    return Data(train, held_out, loader, eval_loader, length)
+    rows = loader.rows_per_epoch
+    return Data(train, held_out, loader, eval_loader, length, rows)
+
+
+def _prompts(config: Any, train: Dataset, held_out: Dataset | None) -> Data:
+    """The order of the prompts; their rows are as long as prompt and answer may be."""
+    c, both = config.rollout, (train, held_out) if held_out else (train,)
+    longest = max(int(data.report.lengths.max()) for data in both)
+    length = -(-(longest + c.max_new_tokens) // MULTIPLE) * MULTIPLE
+    loader = Loader(
+        train,
+        length=longest,
+        packing=False,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+    rows = loader.rows_per_epoch * c.group * c.passes
+    return Data(train, held_out, loader, None, length, rows)
 
 
 @dataclass(frozen=True)

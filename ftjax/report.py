@@ -36,8 +36,10 @@ PACKAGES = (
 LONGEST_TEXT = 4000
 LOSS_OF_TOKENS = "loss (nats per trained token)"
 # Beside the loss, where a run has them: the numbers at the top, the curves.
-TILES = ("loss", "perplexity", "rewards/accuracies_fair", "accuracy_fair")
+TILES = ("loss", "perplexity", "rewards/accuracies_fair", "accuracy_fair", "reward")
 CHARTS = (
+    "reward",
+    "completions/mean_length",
     "rewards/accuracies_fair",
     "rewards/margins",
     "logps/chosen",
@@ -301,13 +303,13 @@ def _sample(prompt: str, rows: list[Row]) -> str:
     first, *between, last = rows if len(rows) > 1 else (None, rows[0])
     sides = [("before", first), ("after", last)] if first else [("after", last)]
     pair = "".join(
-        f'<div class="{side}"><span class="tag">{side}, step {int(row["step"]):,}'
+        f'<div class="{side}"><span class="tag">{side}, {_step(row)}'
         f'</span><p class="text">{_text(row.get("text"))}</p></div>'
         for side, row in sides
         if row
     )
     more = "".join(
-        f'<span class="tag">step {int(row["step"]):,}</span>'
+        f'<span class="tag">{_step(row)}</span>'
         f'<p class="text">{_text(row.get("text"))}</p>'
         for row in between
     )
@@ -323,6 +325,12 @@ def _sample(prompt: str, rows: list[Row]) -> str:
         f'<article class="sample"><p class="prompt">{_text(prompt)}</p>'
         f'<div class="pair">{pair}</div>{folded}</article>'
     )
+
+
+def _step(row: Row) -> str:
+    reward = row.get("reward")
+    earns = f", reward {reward:.4g}" if isinstance(reward, int | float) else ""
+    return f"step {int(row['step']):,}{earns}"
 
 
 def _config(config: Row) -> str:

@@ -37,6 +37,9 @@ from ftjax.optim import make_optimizer, make_schedule
 from ftjax.prepare import Prepared, Shape, load_variables, prepare
 from ftjax.reference import add_reference, make_objective
 from ftjax.report import write_report
+from ftjax.rl.player import shown_table
+from ftjax.rl.rollouts import Rollouts
+from ftjax.rl.setup import open_rollouts
 from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding
 from ftjax.signals import StopRequest
@@ -108,6 +111,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             state = checkpoints.restore(first, state)
             done = first >= steps
             say(f"{'done already:' if done else 'continuing after'} step {first}")
+        game = open_rollouts(config, ready, frozen)
         objective, frozen = make_objective(config, ready, frozen)
         step_fn = compile_step(objective, tx, state)
         rate = make_schedule(config.optim, steps)
@@ -115,9 +119,12 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         def due(step: int, every: int) -> bool:
             return step == steps or (every > 0 and step % every == 0)
 
+        def ends(step: int) -> bool:  # not within a rollout
+            return stop.requested and (not game or step % game.unit == 0)
+
         def pause(step: int) -> bool:
             often = (c.eval_every, c.sample_every, c.save_every)
-            return any(due(step, every) for every in often) or stop.requested
+            return any(due(step, every) for every in often) or ends(step)
 
         log = MetricLog(
             folder.path,
@@ -127,12 +134,13 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             config=settings,
         )
         with log, Progress(steps, start=first) as progress:
-            look = Look(config, ready, objective, frozen, log, progress)
+            look = Look(config, ready, objective, frozen, log, progress, game)
             if not first:
                 look.sample(0, state.trained)
                 meta["best"] = look.evaluate(0, state.trained)
             clock = Clock(steps - first, meta["seconds"])
-            source = stored_rows(data.loader, c.batch_size, c.accumulate)
+            stored = stored_rows(data.loader, c.batch_size, c.accumulate)
+            source = game.batch if game else stored
             for step, values, now in run_steps(
                 step_fn, state, frozen, source, steps, mesh, pause
             ):
@@ -142,7 +150,8 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                 values |= {"lr": rate(step - 1), "tokens_per_s": speed, **totals}
                 log.write(step, "train", **values)
                 if due(step, c.log_every):
-                    progress.update(step, values["loss"], speed, clock.left)
+                    reward = values.get("reward")
+                    progress.update(step, values["loss"], speed, clock.left, reward)
                 if values["skipped"] >= c.max_skipped:
                     raise diverged(step, checkpoints, values)
                 if now is None:
@@ -155,10 +164,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                     better = score is not None and not score >= meta["best"]
                     meta["best"] = score if better else meta["best"]
                 kept = better and c.keep_best > 0
-                if due(step, c.save_every) or kept or stop.requested:
+                if due(step, c.save_every) or kept or ends(step):
                     meta["seconds"] = clock.elapsed
                     checkpoints.save(step, state, meta, score)
-                if stop.requested and step < steps:
+                if ends(step) and step < steps:
                     raise Stopped(
                         f"stopped: saved step {step} of {steps}; "
                         "the same command continues"
@@ -179,11 +188,12 @@ class Look:
         frozen: PyTree,
         log: MetricLog,
         progress: Progress,
+        game: Rollouts | None,
     ):
         c, data, self.task = config.train, ready.data, config.task
         self.ready, self.frozen, self.log, self.progress = ready, frozen, log, progress
         self.rows, self.sample_tokens = c.batch_size // c.accumulate, c.sample_tokens
-        self.sharding = batch_sharding(ready.mesh)
+        self.sharding, self.game = batch_sharding(ready.mesh), game
         self.sum_batch = make_sum_batch(objective)
         self.prompts = pick_prompts(
             data.eval or data.train, ready.base.tokenizer, c.sample_rows
@@ -192,6 +202,12 @@ class Look:
     def sample(self, step: int, trained: PyTree) -> None:
         """Answers the held-out prompts."""
         if not self.prompts:
+            return
+        if self.game:
+            shown = self.game.show(trained)
+            for row in shown:
+                self.log.write_sample(step, row.prompt, row.answer, reward=row.reward)
+            self.progress.note(shown_table(shown))
             return
         base, dtype = self.ready.base, self.ready.shape.dtype
         policy = join(self.frozen, trained)
@@ -202,11 +218,14 @@ class Look:
 
     def evaluate(self, step: int, trained: PyTree) -> float | None:
         """The eval loss, or None where there is no eval data."""
-        loader = self.ready.data.eval_loader
-        if loader is None:
+        found, loader = None, self.ready.data.eval_loader
+        if self.game:
+            found = self.game.evaluate(trained)
+        elif loader:
+            policy, rows = join(self.frozen, trained), loader.epoch(self.rows)
+            found = evaluate(self.sum_batch, policy, self.frozen, rows, self.sharding)
+        if found is None:
             return None
-        policy, batches = join(self.frozen, trained), loader.epoch(self.rows)
-        found = evaluate(self.sum_batch, policy, self.frozen, batches, self.sharding)
         self.log.write(step, "eval", **found)
         shown = task_of(self.task).shown
         self.progress.note(describe.evaluation(step, found, shown))

@@ -50,6 +50,7 @@ FLOORS = {
     "ftjax.prepare": 4,
     "ftjax.reference": 4,
     "ftjax.report": 4,
+    "ftjax.rl": 4,
     "ftjax.run_folder": 4,
     "ftjax.switch": 4,
     "ftjax.train": 5,

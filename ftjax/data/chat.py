@@ -176,13 +176,7 @@ def render_all(
         rows, template.render(jobs), strict=True
     ):
         if isinstance(texts, RowFault):
-            found.append(
-                UserError(
-                    "the chat template refuses this conversation",
-                    where=where,
-                    got=clip(texts.error, 300),
-                )
-            )
+            found.append(_refused(where, texts))
             continue
         try:
             find = _by_marks if own_marks else _by_prefixes
@@ -190,6 +184,40 @@ def render_all(
         except UserError as error:
             found.append(error)
     return found
+
+
+def render_prompts(
+    rows: list[tuple[Any, str]], tokenizer: Tokenizer
+) -> list[str | UserError]:
+    """Conversations up to where the assistant speaks; a row's fault in its place.
+
+    Args:
+      rows: (messages, where).
+      tokenizer: gives the template.
+
+    Raises:
+      UserError: as `render_all`.
+    """
+    if not rows:
+        return []
+    template = tokenizer.require_template(rows[0][1])
+    jobs = [(messages, [Cut(len(messages), prompt=True)]) for messages, _ in rows]
+    found: list[str | UserError] = []
+    for (_, where), texts in zip(rows, template.render(jobs), strict=True):
+        if isinstance(texts, RowFault):
+            found.append(_refused(where, texts))
+        else:
+            bare = texts[0].replace(GENERATION_START, "").replace(GENERATION_END, "")
+            found.append(bare)
+    return found
+
+
+def _refused(where: str, fault: RowFault) -> UserError:
+    return UserError(
+        "the chat template refuses this conversation",
+        where=where,
+        got=clip(fault.error, 300),
+    )
 
 
 def _cuts(messages: list[dict[str, Any]], own_marks: bool) -> list[Cut]:

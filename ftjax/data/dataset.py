@@ -1,6 +1,7 @@
 """A source to examples that are ready to train on, with an account of every row."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,7 +20,7 @@ from ftjax.data.groups import (
     same_prompt,
 )
 from ftjax.data.report import DataReport, Tally
-from ftjax.data.schema import Conversation
+from ftjax.data.schema import Conversation, PromptRow, Sample
 from ftjax.data.sources import Row, RowReader, read_rows
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.errors import UserError
@@ -39,6 +40,7 @@ class Dataset:
       groups: the examples that belong together, by their indices: one alone, or the
         chosen and the rejected of a pair.
       values: float32, one number per group, by name.
+      columns: of each prompt, itself (`prompt`) and whatever else its row says.
       members: of a group, at most.
       ends: rows hold the last token of an example too.
     """
@@ -48,6 +50,7 @@ class Dataset:
     hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     groups: list[tuple[int, ...]] = field(default_factory=list)
     values: dict[str, np.ndarray] = field(default_factory=dict)
+    columns: list[dict[str, Any]] = field(default_factory=list)
     members: int = 1
     ends: bool = False
 
@@ -63,6 +66,8 @@ class Dataset:
             digest.update(example.trained.tobytes())
         for name, values in self.values.items():
             digest.update(name.encode() + values.tobytes())
+        for columns in self.columns:
+            digest.update(json.dumps(columns, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
 
@@ -157,7 +162,12 @@ def _gather(
         for name in VALUES[reads]
     }
     return Dataset(
-        examples, report, groups=indices, values=values, members=MEMBERS[reads]
+        examples,
+        report,
+        groups=indices,
+        values=values,
+        columns=[group.columns for group, _ in kept] if reads == "prompts" else [],
+        members=MEMBERS[reads],
     )
 
 
@@ -209,12 +219,18 @@ def _groups(
             continue
         first = found[0]
         report.schemas.setdefault(first.schema, Tally()).add(row.where)
-        report.conversations += isinstance(first.samples[0], Conversation)
+        report.conversations += _is_chat(first.samples[0])
         if first.identical:
             report.identical.add(row.where)
         for column in first.ignored:
             report.ignored.setdefault(column, Tally()).add(row.where)
         yield from found
+
+
+def _is_chat(sample: Sample) -> bool:
+    return isinstance(sample, Conversation) or (
+        isinstance(sample, PromptRow) and not isinstance(sample.prompt, str)
+    )
 
 
 def _kept(

@@ -15,6 +15,7 @@ from ftjax.data import chat
 from ftjax.data.schema import (
     Conversation,
     PromptCompletion,
+    PromptRow,
     Sample,
     TextRow,
     TokenRow,
@@ -142,6 +143,8 @@ def _empty(sample: Sample, rules: Rules) -> Outcome | None:
         return None if sample.text.strip() else Dropped(NOTHING, sample.where)
     if isinstance(sample, TokenRow):
         return None if sample.ids else Dropped(NOTHING, sample.where)
+    if isinstance(sample, PromptRow):
+        return None
     if isinstance(sample, PromptCompletion):
         answers = [sample.completion]
     else:
@@ -173,6 +176,8 @@ def _finish(
         )
     if made.boundary >= most:
         return Dropped(NO_ROOM, where)
+    if made.boundary == length > 0:  # a prompt, of which nothing is trained on
+        return Example(np.array(made.ids, np.int32), made.trained, where)
     if length > most and rules.overlong == "drop":
         return Dropped(TOO_LONG, where)
     trained = made.trained
@@ -260,12 +265,36 @@ def _encode_ready(
     return found
 
 
+def _encode_prompts(
+    rows: Sequence[PromptRow], tokenizer: Tokenizer, notes: Notes
+) -> list[_Ids | UserError]:
+    """A text as it begins a row in training; messages up to the assistant's turn."""
+    chats = [row for row in rows if not isinstance(row.prompt, str)]
+    rendered = iter(
+        chat.render_prompts([(r.prompt, r.where) for r in chats], tokenizer)
+    )
+    found: list[_Ids | UserError] = []
+    for row in rows:
+        if isinstance(row.prompt, str):
+            _note_specials(row.prompt, row.where, tokenizer, notes)
+            ids = tokenizer.encode_prompt(row.prompt)
+        else:
+            text = next(rendered)
+            if isinstance(text, UserError):
+                found.append(text)
+                continue
+            ids = tokenizer.encode([text], add_special=False)[0]
+        found.append(_Ids(ids, np.zeros(len(ids), bool), len(ids)))
+    return found
+
+
 _Encoder = Callable[[list[Any], Tokenizer, Notes], list[_Ids | UserError]]
 _ENCODERS: dict[type, _Encoder] = {
     TextRow: _encode_texts,
     PromptCompletion: _encode_pairs,
     Conversation: _encode_chats,
     TokenRow: _encode_ready,
+    PromptRow: _encode_prompts,
 }
 
 

@@ -13,18 +13,20 @@ import numpy as np
 
 from ftjax.data import preferences
 from ftjax.data.encode import Example
+from ftjax.data.prompts import read_prompt
 from ftjax.data.schema import Conversation, PromptCompletion, Sample, TextRow, normalise
 from ftjax.data.sources import Row
 from ftjax.errors import UserError
 
-READS = ("answers", "pairs", "rated", "mixed")
+READS = ("answers", "pairs", "rated", "mixed", "prompts")
 # Members of a group, and the numbers that come with one.
-MEMBERS = {"answers": 1, "pairs": 2, "rated": 2, "mixed": 2}
+MEMBERS = {"answers": 1, "pairs": 2, "rated": 2, "mixed": 2, "prompts": 1}
 VALUES: dict[str, tuple[str, ...]] = {
     "answers": (),
     "pairs": ("pair", "margin"),
     "rated": ("rated", "label"),
     "mixed": ("pair", "answer", "text"),
+    "prompts": (),
 }
 
 
@@ -37,6 +39,7 @@ class Group:
       schema: by which the row was read; ignored: the columns that were not used.
       values: numbers of the group, by name; those that are not named are 0.
       identical: both sides of a pair are the same.
+      columns: of a prompt, whatever else its row says.
     """
 
     samples: tuple[Sample, ...]
@@ -44,6 +47,7 @@ class Group:
     ignored: tuple[str, ...] = ()
     values: dict[str, float] = field(default_factory=dict)
     identical: bool = False
+    columns: dict[str, Any] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -56,6 +60,8 @@ def read_groups(row: Row, has_template: bool, reads: str) -> list[Group]:
     Raises:
       UserError: the row is not of a kind that the task reads, or has a fault.
     """
+    if reads == "prompts":
+        return [_prompt(row, has_template)]
     is_pair = preferences.sides(row.values) is not None
     label = preferences.rating(row.values)
     if reads == "answers":
@@ -68,6 +74,11 @@ def read_groups(row: Row, has_template: bool, reads: str) -> list[Group]:
         raise preferences.no_pair(row, "this task")
     pair = _pair(row, has_template)
     return _unpaired(pair) if reads == "rated" else [pair]
+
+
+def _prompt(row: Row, has_template: bool) -> Group:
+    prompt, schema, columns = read_prompt(row, has_template)
+    return Group((prompt,), schema, columns={"prompt": prompt.prompt, **columns})
 
 
 def _answer(row: Row, has_template: bool) -> Group:

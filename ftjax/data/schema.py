@@ -66,7 +66,15 @@ class TokenRow:
     where: str
 
 
-Sample = TextRow | PromptCompletion | Conversation | TokenRow
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt that is to be answered: a text, or messages up to the user's last."""
+
+    prompt: str | list[dict[str, Any]]
+    where: str
+
+
+Sample = TextRow | PromptCompletion | Conversation | TokenRow | PromptRow
 
 
 @dataclass(frozen=True)

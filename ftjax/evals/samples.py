@@ -30,6 +30,8 @@ def pick_prompts(dataset: Dataset, tokenizer: Tokenizer, count: int) -> list[Pro
 def _prompt(example: Example, tokenizer: Tokenizer) -> Prompt:
     ids = example.ids.tolist()
     trained = example.trained.tolist()
+    if not any(trained):  # a prompt, and nothing to compare an answer with
+        return Prompt(ids, tokenizer.decode(ids).strip(), "")
     start = trained.index(True)
     if start <= 1:
         start = max(1, min(TEXT_PROMPT, len(ids) // 2))

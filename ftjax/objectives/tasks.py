@@ -16,8 +16,10 @@ from ftjax.objectives.causal import causal
 from ftjax.objectives.cpo import cpo
 from ftjax.objectives.distill import distilled
 from ftjax.objectives.dpo import dpo, pair_logps
+from ftjax.objectives.grpo import grpo
 from ftjax.objectives.kto import rated, rated_logps
 from ftjax.objectives.orpo import orpo
+from ftjax.objectives.ppo import VALUE, ppo
 from ftjax.objectives.reward import HEAD, reward_model
 from ftjax.step import Objective
 from ftjax.weights import Array
@@ -48,12 +50,18 @@ class Task:
     ends: bool = False
     shown: tuple[str, ...] = ()
 
+    @property
+    def online(self) -> bool:
+        """It learns from its own answers; see `rl.rollouts`."""
+        return self.reads == "prompts"
+
 
 def _causal(model: Decoder, config: Any) -> Objective:
     return causal(model, config.chunk)
 
 
 LIKELIHOOD = ("perplexity", "token_accuracy")
+REWARD = ("completions/mean_length",)
 PREFERENCE = ("rewards/accuracies_fair", "rewards/margins")
 
 TASKS: dict[str, Task] = {
@@ -72,6 +80,8 @@ TASKS: dict[str, Task] = {
     "cpo": Task(cpo, "pairs", shown=("nll", *PREFERENCE)),
     "simpo": Task(cpo, "pairs", shown=PREFERENCE),
     "distill": Task(_causal, guided=distilled, shown=("nll", "token_accuracy")),
+    "grpo": Task(grpo, "prompts", shown=REWARD),
+    "ppo": Task(ppo, "prompts", head=VALUE, shown=REWARD),
 }
 
 

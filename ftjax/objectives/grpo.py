@@ -1,0 +1,54 @@
+"""GRPO and its relatives on answers that were sampled; see `losses.grpo`."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from ftjax.losses.grpo import token_loss
+from ftjax.losses.sums import Sums
+from ftjax.losses.token_logps import token_logps
+from ftjax.models.decoder import Decoder, hidden_and_head
+from ftjax.objectives.online import old_and_reference, row_metrics, token_metrics
+from ftjax.step import Objective
+
+PyTree = Any
+
+
+def grpo(model: Decoder, config: Any) -> Objective:
+    """The clipped loss of every token, averaged as `config.type` says.
+
+    The rows bring `share`, the weight of each token [rows, T], and `total` [rows],
+    whose sum over the step is what the sum of all is divided by (`losses.grpo.Share`).
+
+    Args:
+      model: of the policy.
+      config: `loss` of `configs/grpo.py`: temperature, clip_low, clip_high, beta,
+        chunk.
+    """
+    clip = {"low": config.clip_low, "high": config.clip_high}
+
+    def loss(policy: PyTree, frozen: PyTree, batch: PyTree, key: Any = None) -> Sums:
+        del frozen
+        hidden, head = hidden_and_head(model, policy, batch, key)
+        tokens = token_logps(
+            hidden,
+            head,
+            batch["targets"],
+            batch["weights"],
+            config.chunk,
+            temperature=config.temperature,
+        )
+        old, reference = old_and_reference(tokens.logp_BT, batch)
+        each = token_loss(
+            tokens.logp_BT,
+            old,
+            reference,
+            batch["advantage"],
+            beta=config.beta,
+            **clip,
+        )
+        means, most = row_metrics(batch)
+        means |= token_metrics(tokens, batch, **clip)
+        return Sums({"policy": jnp.sum(each * batch["share"])}, means, most)
+
+    return Objective(loss, {"policy": lambda batch: batch["total"]})

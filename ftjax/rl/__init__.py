@@ -1,0 +1,1 @@
+"""Learning from rewards: what answers earn, and batches made of them."""

@@ -1,0 +1,133 @@
+"""A policy answers prompts and is judged: in rollouts, in evaluation, in samples."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ftjax.console import table
+from ftjax.data.dataset import Dataset
+from ftjax.loading import Base
+from ftjax.objectives.online import LENGTH
+from ftjax.rl.answers import Answers, answer_prompts
+from ftjax.rl.rewards import Judge
+from ftjax.rollout import Generator, Sampling
+
+PyTree = Any
+EVAL_SEED, TRAIN_SEED = 0, 1  # streams of random numbers
+
+
+class Shown(NamedTuple):
+    """A line of the table of answers."""
+
+    prompt: str
+    answer: str
+    reward: float
+
+
+class Player:
+    """Lets a policy answer, and the judge judge.
+
+    Args:
+      base: of the policy.
+      dtype: of the computation.
+      seed: of the run.
+      rollout: `config.rollout`.
+      judge: gives the rewards.
+    """
+
+    def __init__(self, base: Base, dtype: Any, seed: int, rollout: Any, judge: Judge):
+        self.base, self.dtype, self.seed = base, dtype, seed
+        self.rollout, self.judge = rollout, judge
+
+    def answer(
+        self,
+        policy: PyTree,
+        dataset: Dataset,
+        rows: Sequence[int],
+        temperature: float,
+        seed: int,
+    ) -> Answers:
+        """Answers of the policy (its variables) to some prompts of a data set."""
+        c, base = self.rollout, self.base
+        generator = Generator(base.spec, policy, dtype=self.dtype, eos_ids=base.eos_ids)
+        sampling = Sampling(temperature, c.top_k, c.top_p, seed)
+        return answer_prompts(
+            generator,
+            base.tokenizer,
+            dataset,
+            rows,
+            c.max_new_tokens,
+            sampling,
+            self.judge,
+        )
+
+    def evaluate(self, policy: PyTree, dataset: Dataset, size: int) -> dict[str, float]:
+        """The mean reward, `loss` (minus that), other means, and `tokens`.
+
+        Args:
+          policy: its variables.
+          dataset: of prompts, each answered once.
+          size: prompts at a time.
+        """
+        count = len(dataset.examples)
+        size = min(size, count)
+        found: list[dict[str, np.ndarray]] = []
+        for start in range(0, count, size):
+            # The last call is as large as the others, so that nothing compiles again.
+            rows = [min(i, count - 1) for i in range(start, start + size)]
+            seed = seed_of(self.seed, EVAL_SEED, start)
+            temperature = self.rollout.eval_temperature
+            answers = self.answer(policy, dataset, rows, temperature, seed)
+            real = min(size, count - start)
+            values = {**answer_metrics(answers), "tokens": answers.lengths}
+            found.append({name: x[:real] for name, x in values.items()})
+        whole = {k: np.concatenate([part[k] for part in found]) for k in found[0]}
+        tokens = int(whole.pop("tokens").sum())
+        known = {k: x[~np.isnan(x)] for k, x in whole.items()}
+        means = {k: float(x.mean()) for k, x in known.items() if len(x)}
+        reward = means.get("reward", math.nan)
+        return {"loss": -reward, "reward": reward, **means, "tokens": tokens}
+
+    def show(self, policy: PyTree, dataset: Dataset, count: int) -> list[Shown]:
+        """The likeliest answers to `count` prompts at equal distances."""
+        count = min(count, len(dataset.examples))
+        if not count:
+            return []
+        rows = [i * len(dataset.examples) // count for i in range(count)]
+        answers = self.answer(policy, dataset, rows, 0.0, 0)
+        decode = self.base.tokenizer.decode
+        prompts = [decode(ids).strip() for ids in answers.prompts]
+        texts = [text.strip() for text in answers.texts]
+        rewards = answers.judged.total.tolist()
+        return [Shown(*one) for one in zip(prompts, texts, rewards, strict=True)]
+
+
+def shown_table(rows: Sequence[Shown]) -> str:
+    """For the console."""
+    return table(rows, Shown._fields, wrap=40)
+
+
+def answer_metrics(answers: Answers) -> dict[str, np.ndarray]:
+    """Metrics per completion under TRL's names, [n]; NaN where one says nothing."""
+    lengths, stopped = answers.lengths, answers.stopped
+    judged = answers.judged
+    each = {f"rewards/{name}/mean": x for name, x in judged.each.items()}
+    return {
+        "reward": judged.total,
+        **each,
+        "frac_reward_nan": judged.bad.astype(np.float64),
+        LENGTH: lengths,
+        "completions/mean_terminated_length": np.where(stopped, lengths, math.nan),
+        "completions/clipped_ratio": 1.0 - stopped,
+        "completions/empty_ratio": np.array(
+            [float(not text.strip()) for text in answers.texts]
+        ),
+    }
+
+
+def seed_of(seed: int, stream: int, number: int) -> int:
+    """31 bits that follow from the run's seed, the stream and the number in it."""
+    counter = np.random.Philox(key=[seed, stream], counter=[number, 0, 0, 0])
+    return int(counter.random_raw() >> 33)
