@@ -128,7 +128,7 @@ def validate(config: Any) -> None:
     """
     for key, allowed in RULES.items():
         section, _, name = key.rpartition(".")
-        group = config[section] if section else config
+        group = config.get(section, {}) if section else config
         if name not in group or group[name] is None:
             continue
         value = group[name]
