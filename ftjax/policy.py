@@ -121,7 +121,7 @@ def open_policy(
             got=f"{workdir} is a full fine-tune",
             fix="export the run with --to=merged and pass that folder as --model",
         )
-    return _open_model(_base_of_run(config, note), adapters, dtype, mesh, note)
+    return _open_model(base_of_run(config, note), adapters, dtype, mesh, note)
 
 
 def run_formats(config: dict[str, Any], model: Decoder) -> Plan:
@@ -131,7 +131,8 @@ def run_formats(config: dict[str, Any], model: Decoder) -> Plan:
     return plan_quant(find_sites(model), SimpleNamespace(**config["quant"]))
 
 
-def _base_of_run(config: dict[str, Any], note: Note) -> Base:
+def base_of_run(config: dict[str, Any], note: Note = say) -> Base:
+    """The model that a run was trained on, checked; its weights are not read."""
     model = config["model"]
     scratch = bool(model.get("from_scratch"))
     return open_base(
@@ -145,7 +146,7 @@ def _base_of_run(config: dict[str, Any], note: Note) -> Base:
 
 def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) -> Policy:
     config = read_run_config(workdir)
-    base = _base_of_run(config, note)
+    base = base_of_run(config, note)
     decoder = Decoder(base.spec, dtype=dtype)
     folder = Path(workdir).expanduser() / "checkpoints"
     saved = Checkpoints(folder, report=note)

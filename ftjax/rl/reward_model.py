@@ -18,10 +18,10 @@ from ftjax.data.schema import Conversation
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.errors import UserError
 from ftjax.loading import Base
-from ftjax.objectives.reward import HEAD, scores
-from ftjax.policy import open_policy
+from ftjax.policy import base_of_run, open_policy
 from ftjax.rl.answers import lay_out
 from ftjax.rl.rewards import Columns
+from ftjax.run_folder import read_run_config
 from ftjax.sharding import batch_sharding, put_batch
 
 WHERE = "config.reward.model"
@@ -46,15 +46,8 @@ class RewardModel:
     def __init__(
         self, run: str, base: Base, *, length: int, rows: int, dtype: Any, mesh: Mesh
     ):
+        _check_run(run, base)
         self.policy = open_policy(workdir=run, dtype=dtype, mesh=mesh)
-        if HEAD not in self.policy.variables:
-            raise UserError(
-                "this run has no head that gives rewards",
-                where=f"{WHERE}={run}",
-                expected="a run of configs/reward.py",
-                got=f"a run of {self.policy.task}",
-            )
-        _same_tokens(base, self.policy.base)
         self.tail = turn_end(self.policy.base.tokenizer)
         self.length = -(-(length + len(self.tail)) // MULTIPLE) * MULTIPLE
         if length + len(self.tail) > self.policy.max_positions:
@@ -112,7 +105,18 @@ def turn_end(tokenizer: Tokenizer) -> list[int]:
     return made.ids[int(np.flatnonzero(made.trained)[-1]) + 1 :].tolist()
 
 
-def _same_tokens(base: Base, other: Base) -> None:
+def _check_run(run: str, base: Base) -> None:
+    """Before its weights are read."""
+    config = read_run_config(run)
+    task = config.get("task", "sft")
+    if task_of(task).head != HEAD:
+        raise UserError(
+            "this run has no head that gives rewards",
+            where=f"{WHERE}={run}",
+            expected="a run of configs/reward.py",
+            got=f"a run of {task}",
+        )
+    other = base_of_run(config, lambda _: None)
     sizes = [one.spec.vocab_size for one in (base, other)]
     ids = [one.tokenizer.fingerprint() for one in (base, other)]
     if sizes[0] != sizes[1] or ids[0] != ids[1]:
