@@ -23,6 +23,7 @@ class Range:
 POSITIVE = Range("a positive number", lambda x: x > 0)
 AT_LEAST_0 = Range("0 or more", lambda x: x >= 0)
 AT_LEAST_1 = Range("1 or more", lambda x: x >= 1)
+BETWEEN = Range("between 0 and 1", lambda x: 0 <= x <= 1)
 SHARE = Range("at least 0, below 1", lambda x: 0 <= x < 1)
 SETTING = Range(
     "at least 0, below 1, or -1 (as usual)", lambda x: 0 <= x < 1 or x == -1
@@ -32,6 +33,7 @@ NOT_EMPTY = Range("a name or a path", bool)
 
 # Counters and seeds are 32-bit integers; a larger float is soon infinite in 32 bits.
 LARGEST: dict[type, float] = {bool: 1, int: 2**31 - 1, float: 1e30}
+COMPARING = ("dpo", "orpo", "kto", "cpo", "simpo", "reward")  # tasks
 METHODS = ("lora", "vera", "full", "freeze", "bottleneck", "ia3", "prompt", "prefix")
 
 
@@ -73,12 +75,25 @@ RULES: dict[str, Range] = {
     "data.on_bad_row": one_of("error", "skip"),
     "data.eval_rows": AT_LEAST_0,
     "loss.chunk": AT_LEAST_1,
+    "loss.beta": POSITIVE,
+    "loss.label_smoothing": SHARE,
+    "loss.gamma": AT_LEAST_0,
+    "loss.tau": POSITIVE,
+    "loss.ld_alpha": BETWEEN,
+    "loss.center": AT_LEAST_0,
+    "loss.nll_scope": one_of("prompt+chosen", "chosen"),
+    "loss.nll_weight": AT_LEAST_0,
+    "loss.answer_weight": AT_LEAST_0,
+    "loss.text_weight": AT_LEAST_0,
+    "loss.desirable_weight": AT_LEAST_0,
+    "loss.undesirable_weight": AT_LEAST_0,
+    "loss.temperature": POSITIVE,
     "optim.name": one_of(*settings.NAMES),
     "optim.lr": POSITIVE,
     "optim.b_lr_ratio": POSITIVE,
     "optim.schedule": one_of("constant", "linear", "cosine", "wsd"),
     "optim.warmup": AT_LEAST_0,
-    "optim.final": Range("between 0 and 1", lambda x: 0 <= x <= 1),
+    "optim.final": BETWEEN,
     "optim.decay": Range("above 0, at most 1", lambda x: 0 < x <= 1),
     "optim.b1": SETTING,
     "optim.b2": SETTING,
@@ -126,6 +141,7 @@ def validate(config: Any) -> None:
                 got=repr(value)[:100],
             )
     _contradictions(config)
+    _check_loss(config)
     _check_optimizer(config)
 
 
@@ -172,6 +188,33 @@ def _contradictions(config: Any) -> None:
         )
     if train.steps is not None and optim.warmup >= train.steps:
         raise _long_warmup(optim.warmup, train.steps)
+
+
+def _check_loss(config: Any) -> None:
+    if config.task in COMPARING and not config.data.completion_only:
+        raise UserError(
+            "answers are compared, and prompts are not: both sides have the same one",
+            where="config.task, config.data.completion_only",
+            expected="completion_only=True",
+            got=f"task={config.task}, completion_only=False",
+            fix="leave it as it is; ORPO imitates prompts by loss.nll_scope",
+        )
+    loss = config.loss
+    if config.task == "distill" and loss.nll_weight > 1:
+        raise UserError(
+            "the likelihood has a share of the loss of distillation",
+            where="config.loss.nll_weight",
+            expected="between 0 and 1",
+            got=repr(loss.nll_weight),
+        )
+    middle = loss.get("divergence") == "js_divergence" and config.task == "distill"
+    if middle and not 0 < loss.beta < 1:
+        raise UserError(
+            "the Jensen-Shannon divergence is 0 where its middle is one of its ends",
+            where="config.loss.divergence, config.loss.beta",
+            expected="beta above 0 and below 1; or forward_kl, reverse_kl",
+            got=f"divergence=js_divergence, beta={loss.beta}",
+        )
 
 
 def _check_optimizer(config: Any) -> None:

@@ -88,7 +88,9 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     if args.to == "scores":
         return _write_scores(args, policy, mesh, task)
     found, report = measure(args, policy, mesh, task=task, loss=loss)
-    shown = [f"{name} {found[name]:.4g}" for name in task_of(task).shown]
+    shown = [
+        f"{name} {found[name]:.4g}" for name in task_of(task).shown if name in found
+    ]
     parts = [f"loss {found['loss']:.5f}", *shown, f"{found['tokens']:,} tokens"]
     say(f"\n{policy.label}\n" + ", ".join(parts))
     counts = {"rows": report.kept, "truncated": report.truncated}
