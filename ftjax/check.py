@@ -12,7 +12,7 @@ from absl import flags
 
 from ftjax import cli, describe
 from ftjax.console import say, table
-from ftjax.data.show import show_example
+from ftjax.data.show import show_group
 from ftjax.errors import UserError
 from ftjax.memory import estimate
 from ftjax.prepare import Prepared, prepare, trainable_rows
@@ -24,11 +24,10 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
             "no configuration is named", fix="--config=configs/sft.py:model=PATH"
         )
     ready = prepare(args.config)
-    examples = ready.data.train.examples
-    count = min(args.rows, len(examples))
+    data = ready.data.train
+    count = min(args.rows, len(data.groups))
     for i in range(count):
-        example = examples[i * len(examples) // count]
-        say(show_example(example, ready.base.tokenizer) + "\n")
+        say(show_group(data, i * len(data.groups) // count, ready.base.tokenizer))
     say(describe.plan(args.config, ready))
     sizes = estimate(args.config, ready.shape, ready.data.length, ready.mesh)
     say("\nmemory per device, from shapes (activations are an upper estimate)")

@@ -23,6 +23,7 @@ class Range:
 POSITIVE = Range("a positive number", lambda x: x > 0)
 AT_LEAST_0 = Range("0 or more", lambda x: x >= 0)
 AT_LEAST_1 = Range("1 or more", lambda x: x >= 1)
+BETWEEN = Range("between 0 and 1", lambda x: 0 <= x <= 1)
 SHARE = Range("at least 0, below 1", lambda x: 0 <= x < 1)
 SETTING = Range(
     "at least 0, below 1, or -1 (as usual)", lambda x: 0 <= x < 1 or x == -1
@@ -33,6 +34,7 @@ NOT_EMPTY = Range("a name or a path", bool)
 
 # Counters and seeds are 32-bit integers; a larger float is soon infinite in 32 bits.
 LARGEST: dict[type, float] = {bool: 1, int: 2**31 - 1, float: 1e30}
+COMPARING = ("dpo", "orpo", "kto", "cpo", "simpo", "reward")  # tasks
 METHODS = ("lora", "vera", "full", "freeze", "bottleneck", "ia3", "prompt", "prefix")
 
 
@@ -161,6 +163,7 @@ def validate(config: Any) -> None:
             )
     _contradictions(config)
     _check_init(config)
+    _check_loss(config)
     _check_optimizer(config)
     if "rollout" in config:
         _check_rollouts(config)
@@ -246,6 +249,33 @@ def _check_init(config: Any) -> None:
             expected=f"dropout=0 with {init}",
             got=f"dropout={method.dropout}",
             fix="--config.method.dropout=0",
+        )
+
+
+def _check_loss(config: Any) -> None:
+    if config.task in COMPARING and not config.data.completion_only:
+        raise UserError(
+            "answers are compared, and prompts are not: both sides have the same one",
+            where="config.task, config.data.completion_only",
+            expected="completion_only=True",
+            got=f"task={config.task}, completion_only=False",
+            fix="leave it as it is; ORPO imitates prompts by loss.nll_scope",
+        )
+    loss = config.loss
+    if config.task == "distill" and loss.nll_weight > 1:
+        raise UserError(
+            "the likelihood has a share of the loss of distillation",
+            where="config.loss.nll_weight",
+            expected="between 0 and 1",
+            got=repr(loss.nll_weight),
+        )
+    middle = loss.get("divergence") == "js_divergence" and config.task == "distill"
+    if middle and not 0 < loss.beta < 1:
+        raise UserError(
+            "the Jensen-Shannon divergence is 0 where its middle is one of its ends",
+            where="config.loss.divergence, config.loss.beta",
+            expected="beta above 0 and below 1; or forward_kl, reverse_kl",
+            got=f"divergence=js_divergence, beta={loss.beta}",
         )
 
 

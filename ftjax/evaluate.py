@@ -125,7 +125,9 @@ def _told(
         found, report = _judged(args, policy, mesh)
     else:
         found, report = measure(args, policy, mesh, task=task, loss=loss, tell=tell)
-    shown = [f"{name} {found[name]:.4g}" for name in task_of(task).shown]
+    shown = [
+        f"{name} {found[name]:.4g}" for name in task_of(task).shown if name in found
+    ]
     parts = [f"loss {found['loss']:.5f}", *shown, f"{found['tokens']:,} tokens"]
     say(f"\n{policy.label}\n" + ", ".join(parts))
     counts = {"rows": report.kept, "truncated": report.truncated}

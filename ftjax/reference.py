@@ -160,10 +160,12 @@ def put_reference(loader: Loader, found: np.ndarray) -> None:
 
 
 def _variables(base: Base, ready: Prepared, trained: PyTree, frozen: PyTree) -> PyTree:
-    """The policy as it starts, or another checkpoint's weights."""
+    """The base without its update, or another checkpoint's weights."""
     if base is not ready.base:
         return load_base(base, ready.shape.param_dtype, ready.mesh)
-    return join(frozen, trained)
+    # An update may begin away from the base: virtual tokens, LoftQ.
+    weights = {name: x for name, x in trained.items() if name == "params"}
+    return join(frozen, weights)
 
 
 def _key(config: Any, base: Base, loader: Loader) -> str:

@@ -28,6 +28,7 @@ from ftjax.errors import UserError
 CHUNK = 1024  # rows that are rendered and encoded together
 DROPPED_SHARE = 0.05  # more rows without room for an answer are worth a warning
 IDENTICAL_SHARE = 0.05  # and so are more pairs that are no pairs
+BEYOND = "the rejected answer has the higher score"
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Dataset:
 
     Attributes:
       examples: in the order of the source.
-      hashes: uint64 [n], equal where two examples have equal ids.
+      hashes: uint64 [groups], equal where two groups have equal ids.
       groups: the examples that belong together, by their indices: one alone, or the
         chosen and the rejected of a pair.
       values: float32, one number per group, by name.
@@ -107,7 +108,7 @@ def build_dataset(
     rows: Iterable[Row] = reader
     if split == "eval" and data_config.eval_rows:
         rows = _spread(list(reader), data_config.eval_rows)
-    groups = _groups(rows, report, tokenizer.template is not None, skip, reads)
+    groups = _groups(rows, report, notes, tokenizer.template is not None, skip, reads)
     kept = list(_encoded(groups, tokenizer, data_config, report, notes))
     _take_over(reader, report)
     _check_pairs(report, source)
@@ -115,9 +116,10 @@ def build_dataset(
         raise _nothing_left(report, source)
     data = _gather(kept, report, reads, data_config.max_length)
     report.kept = len(data.groups)
-    refuse_no_signal(source, reads, data.values)
+    if split == "train":
+        refuse_no_signal(source, reads, data.values)
     _check_ids(data.examples, vocab_size)
-    data.hashes = _account(data.examples, report)
+    data.hashes = _account(data, report, reads)
     _warn(report, notes, tokenizer, data.examples[0])
     return data
 
@@ -204,6 +206,7 @@ def _spread(rows: list[Row], count: int) -> list[Row]:
 def _groups(
     rows: Iterable[Row],
     report: DataReport,
+    notes: enc.Notes,
     has_template: bool,
     skip: bool,
     reads: str,
@@ -224,7 +227,14 @@ def _groups(
             report.identical.add(row.where)
         for column in first.ignored:
             report.ignored.setdefault(column, Tally()).add(row.where)
-        yield from found
+        if first.ahead == 0:
+            report.drop(enc.TIE, row.where)
+        elif first.identical and reads == "rated":
+            report.drop(enc.SAME, row.where)
+        else:
+            if first.ahead is not None and first.ahead < 0:
+                notes.add(BEYOND, row.where)
+            yield from found
 
 
 def _is_chat(sample: Sample) -> bool:
@@ -307,7 +317,7 @@ def _nothing_left(report: DataReport, source: str) -> UserError:
         where=source,
         got=report.counts() if report.read else "no rows at all: the file is empty",
         fix="raise data.max_length"
-        if enc.NO_ROOM in report.dropped or enc.TOO_LONG in report.dropped
+        if {enc.NO_ROOM, enc.TOO_LONG, enc.SAME_CUT} & set(report.dropped)
         else "check that this is the right file",
     )
 
@@ -326,20 +336,27 @@ def _check_ids(examples: list[enc.Example], vocab_size: int) -> None:
             )
 
 
-def _account(examples: list[enc.Example], report: DataReport) -> np.ndarray:
-    """Fills in the sums and counts duplicates; returns the hash of each example."""
+def _account(data: Dataset, report: DataReport, reads: str) -> np.ndarray:
+    """Fills in the sums and counts duplicates; returns the hash of each group."""
+    # Beside an answer that is rated stands another row's, which was counted there.
+    own = [g[:1] if reads == "rated" else g for g in data.groups]
+    groups = [[data.examples[i] for i in members] for members in own]
+    examples = [example for members in groups for example in members]
     report.lengths = np.array([len(e.ids) for e in examples], np.int64)
     report.tokens = int(report.lengths.sum())
     report.trained = int(sum(e.trained.sum() for e in examples))
     report.truncated = sum(e.lost > 0 for e in examples)
     report.lost = sum(e.lost for e in examples)
-    hashes = np.array([_hash(e) for e in examples], np.uint64)
+    hashes = np.array([_hash(members) for members in groups], np.uint64)
     report.duplicates = len(hashes) - len(np.unique(hashes))
     return hashes
 
 
-def _hash(example: enc.Example) -> int:
-    digest = hashlib.blake2b(example.ids.astype("<i4").tobytes(), digest_size=8)
+def _hash(members: list[enc.Example]) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for example in members:
+        digest.update(len(example.ids).to_bytes(4, "little"))
+        digest.update(example.ids.astype("<i4").tobytes())
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -353,6 +370,12 @@ def _warn(
             f"{no_room.count / report.read:.0%} of the rows are dropped because the "
             f"prompt alone has {report.max_length:,} tokens or more: raise "
             "data.max_length"
+        )
+    beyond = report.dropped.get(enc.SAME_CUT, Tally())
+    if beyond.count > DROPPED_SHARE * report.read:
+        warn(
+            f"{beyond.count / report.read:.0%} of the pairs are dropped because they "
+            f"differ only beyond {report.max_length:,} tokens: raise data.max_length"
         )
     if len(report.schemas) > 1:
         seen = ", ".join(

@@ -28,6 +28,7 @@ TOO_LONG = "longer than max_length"
 EMPTY = "the completion is empty"
 NOTHING = "nothing to train on"
 SAME = "accepted and rejected text are the same"
+TIE = "both sides of the pair have the same score"
 SAME_CUT = "accepted and rejected text are the same up to max_length"
 
 

@@ -14,7 +14,14 @@ import numpy as np
 from ftjax.data import preferences
 from ftjax.data.encode import Example
 from ftjax.data.prompts import read_prompt
-from ftjax.data.schema import Conversation, PromptCompletion, Sample, TextRow, normalise
+from ftjax.data.schema import (
+    RATINGS,
+    Conversation,
+    PromptCompletion,
+    Sample,
+    TextRow,
+    normalise,
+)
 from ftjax.data.sources import Row
 from ftjax.errors import UserError
 
@@ -40,6 +47,7 @@ class Group:
       values: numbers of the group, by name; those that are not named are 0.
       identical: both sides of a pair are the same.
       columns: of a prompt, whatever else its row says.
+      ahead: by how much the chosen one scores more, where both have a score.
     """
 
     samples: tuple[Sample, ...]
@@ -48,6 +56,7 @@ class Group:
     values: dict[str, float] = field(default_factory=dict)
     identical: bool = False
     columns: dict[str, Any] = field(default_factory=dict)
+    ahead: float | None = None
 
     @property
     def where(self) -> str:
@@ -69,9 +78,9 @@ def read_groups(row: Row, has_template: bool, reads: str) -> list[Group]:
     if reads == "mixed":
         return [_pair(row, has_template) if is_pair else _answer(row, has_template)]
     if reads == "rated" and label is not None and not is_pair:
-        return [_rated(row, label)]
+        return [_rated(row, label, has_template)]
     if not is_pair:
-        raise preferences.no_pair(row, "this task")
+        raise preferences.no_pair(row, reads == "rated")
     pair = _pair(row, has_template)
     return _unpaired(pair) if reads == "rated" else [pair]
 
@@ -91,7 +100,9 @@ def _answer(row: Row, has_template: bool) -> Group:
 
 def _pair(row: Row, has_template: bool) -> Group:
     columns = preferences.sides(row.values) or ()
-    used = (*preferences.USED, *columns, "margin")
+    rated = preferences.scores(row)
+    used = (*preferences.USED, *columns, *rated, "margin")
+    ahead = float(row.values[rated[0]] - row.values[rated[1]]) if rated else None
     both = preferences.read_pair(row, has_template)
     samples = tuple(_sample(prompt, answer, row.where) for prompt, answer in both)
     return Group(
@@ -100,6 +111,7 @@ def _pair(row: Row, has_template: bool) -> Group:
         tuple(name for name in row.values if name not in used),
         {"pair": 1.0, "margin": preferences.read_margin(row)},
         identical=both[0] == both[1],
+        ahead=ahead,
     )
 
 
@@ -113,12 +125,18 @@ def _unpaired(pair: Group) -> list[Group]:
     ]
 
 
-def _rated(row: Row, column: str) -> Group:
+def _rated(row: Row, column: str, has_template: bool) -> Group:
     good = preferences.read_label(row, column)
-    rest = {name: x for name, x in row.values.items() if name != column}
-    found = normalise(Row(rest, row.where))
+    rest = {name: x for name, x in row.values.items() if name not in RATINGS}
+    bare = preferences.rules_first(Row(rest, row.where), has_template)
+    found = normalise(bare, has_template)
+    sample = found.sample
+    if isinstance(sample, Conversation):
+        # What is rated is the last answer of a conversation.
+        first = sample.train_from or len(sample.messages) - 1
+        sample = dataclasses.replace(sample, train_from=first)
     values = {"rated": 1.0, "label": float(good)}
-    return Group((found.sample,), f"{found.schema}/{column}", found.ignored, values)
+    return Group((sample,), f"{found.schema}/{column}", found.ignored, values)
 
 
 def _sample(prompt: Any, answer: Any, where: str) -> Sample:
@@ -129,18 +147,26 @@ def _sample(prompt: Any, answer: Any, where: str) -> Sample:
 
 
 def mismatched(examples: list[Example], most: int) -> list[Example]:
-    """Each prompt with the answer of the next example: KTO's estimate of the KL.
+    """Each prompt with the answer to the next other prompt: KTO's estimate of the KL.
 
     TRL turns the answers by one inside each batch of the data as it comes; here it is
-    the data set as a whole, so that it does not depend on the batch size.
+    the data set as a whole, so that it does not depend on the batch size, and the good
+    and the bad answer to one prompt, which follow each other, are not exchanged.
 
     Args:
       examples: rated answers, in the order of the source.
       most: tokens that one may have.
     """
-    others = [*examples[1:], *examples[:1]]
+    prompts = [example.ids[: _border(example)].tobytes() for example in examples]
+    count = len(examples)
+    later = [1 % count] * count  # where all prompts are one, there is no other
+    found = later
+    for i in reversed(range(2 * count)):
+        own, following = i % count, (i + 1) % count
+        same = prompts[own] == prompts[following]
+        found[own] = found[following] if same else following
     return [
-        _swap(one, other, most) for one, other in zip(examples, others, strict=True)
+        _swap(one, examples[j], most) for one, j in zip(examples, found, strict=True)
     ]
 
 

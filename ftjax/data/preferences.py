@@ -4,21 +4,28 @@ The columns are TRL's: `prompt`, `chosen`, `rejected` (texts or message lists; w
 `prompt` it is what both sides begin with), `margin`; `prompt`, `completion`, `label`.
 AutoTrain's `text` and `rejected_text`, LLaMA-Factory's `conversations` and
 `instruction` with `chosen` and `rejected`, and its `kto_tag`, are mapped onto these. A
-`system` column (the rules) may precede the prompt of any of them.
+`system` column (the rules) may precede the prompt of any of them. Where both sides have
+a score, equal ones are a tie.
 """
 
 import math
 from typing import Any
 
 from ftjax.data import chat
+from ftjax.data.schema import RATED_ANSWERS, RATINGS, history, refuse_tools
 from ftjax.data.sources import Row
 from ftjax.data.words import clip, quoted, type_name
 from ftjax.errors import UserError
 
 Messages = list[dict[str, Any]]
 SIDES = (("chosen", "rejected"), ("text", "rejected_text"))
-LABELS = ("label", "kto_tag")
-USED = ("prompt", "system", "instruction", "input", "question", "conversations")
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+)
+PROMPTS = ("prompt", "conversations", "instruction", "question")
+USED = (*PROMPTS, "system", "input", "history")
 
 
 def sides(values: dict[str, Any]) -> tuple[str, str] | None:
@@ -29,9 +36,24 @@ def sides(values: dict[str, Any]) -> tuple[str, str] | None:
 
 def rating(values: dict[str, Any]) -> str | None:
     """The column that says whether an answer is good, or None."""
-    if values.get("prompt") is None or values.get("completion") is None:
+    given = {name for name, value in values.items() if value is not None}
+    if not any(set(columns) <= given for columns in RATED_ANSWERS):
         return None
-    return next((name for name in LABELS if values.get(name) is not None), None)
+    return next((name for name in RATINGS if name in given), None)
+
+
+def scores(row: Row) -> tuple[str, ...]:
+    """The columns with the scores of the better and the worse answer, if it has them.
+
+    Raises:
+      UserError: no finite numbers.
+    """
+    for columns in SCORES:
+        if all(isinstance(row.values.get(name), int | float) for name in columns):
+            for name in columns:
+                _number(row, name)
+            return columns
+    return ()
 
 
 def read_pair(row: Row, has_template: bool) -> tuple[Any, Any]:
@@ -43,15 +65,18 @@ def read_pair(row: Row, has_template: bool) -> tuple[Any, Any]:
     columns = sides(row.values)
     if columns is None:
         raise ValueError(f"{row.where} is no pair")
+    refuse_tools(row.values, row.where)
     chosen, rejected = (_side(row, name) for name in columns)
-    prompt, system = _prompt(row), _system(row)
+    prompt, system = _prompt(row, has_template), _system(row)
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
-            return _implicit_text(chosen, rejected)
+            prompt, chosen, rejected = _implicit_text(chosen, rejected)
+            prompt = with_rules(system, prompt)
+            return (prompt, chosen), (prompt, rejected)
         if isinstance(prompt, str) and not (system and has_template):
-            head = f"{system}\n\n{prompt}" if system else prompt
-            return (head, chosen), (head, rejected)
-        chosen, rejected = _says("assistant", chosen), _says("assistant", rejected)
+            prompt = with_rules(system, prompt)
+            return (prompt, chosen), (prompt, rejected)
+        chosen, rejected = says("assistant", chosen), says("assistant", rejected)
     if isinstance(chosen, str) or isinstance(rejected, str):
         types = [type_name(row.values[name]) for name in columns]
         raise UserError(
@@ -60,10 +85,11 @@ def read_pair(row: Row, has_template: bool) -> tuple[Any, Any]:
             got=" and ".join(types),
         )
     if isinstance(prompt, str):
-        prompt = None if chosen[0].get("role") == "user" else _says("user", prompt)
+        repeated = chosen[0].get("role") in ("user", "system")
+        prompt = None if repeated else says("user", prompt)
     prompt, chosen, rejected = _share(prompt, chosen, rejected, row.where, columns)
-    if system and prompt[0].get("role") != "system":
-        prompt = [*_says("system", system), *prompt]
+    if system and (not prompt or prompt[0].get("role") != "system"):
+        prompt = [*says("system", system), *prompt]
     return (prompt, chosen), (prompt, rejected)
 
 
@@ -73,17 +99,21 @@ def read_margin(row: Row) -> float:
     Raises:
       UserError: no finite number.
     """
-    margin = row.values.get("margin")
-    if margin is None:
+    if row.values.get("margin") is None:
         return 0.0
-    number = isinstance(margin, int | float) and not isinstance(margin, bool)
-    if number and abs(margin) < 1e30 and math.isfinite(margin):
-        return float(margin)
+    return _number(row, "margin", "by how much the chosen answer is better, as 1.5")
+
+
+def _number(row: Row, column: str, expected: str = "a number such as 1.5") -> float:
+    value = row.values[column]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and abs(value) < 1e30 and math.isfinite(value):
+        return float(value)
     raise UserError(
-        "column `margin` holds no finite number",
+        f"column `{column}` holds no finite number",
         where=row.where,
-        expected="by how much the chosen answer is better, such as 1.5",
-        got=clip(margin),
+        expected=expected,
+        got=clip(value),
         fix="mend the row, or data.on_bad_row=skip",
     )
 
@@ -105,16 +135,42 @@ def read_label(row: Row, column: str) -> bool:
     )
 
 
-def no_pair(row: Row, task: str) -> UserError:
-    """A row without a preference, where the task needs one."""
+def rules_first(row: Row, has_template: bool) -> Row:
+    """A row of `prompt` and `completion` whose `system` column is in its prompt."""
+    values, system = dict(row.values), _system(row)
+    prompt, completion = values.get("prompt"), values.get("completion")
+    if not system or prompt is None:
+        return row
+    del values["system"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not has_template:
+            return Row({**values, "prompt": with_rules(system, prompt)}, row.where)
+        values["completion"] = says("assistant", completion)
+        prompt = says("user", prompt)
+    if isinstance(prompt, list):
+        values["prompt"] = [*says("system", system), *prompt]
+    return Row(values, row.where)
+
+
+def no_pair(row: Row, rated: bool) -> UserError:
+    """A row without a preference, or a rating, where the task needs one."""
     names = row.values
     fix = "this data trains with configs/sft.py"
-    if "label" in names or "kto_tag" in names:
+    if set(RATINGS) & set(names) and not rated:
         fix = "answers that are rated one by one train with configs/kto.py"
+    if nulls := [
+        n for n in ("chosen", "rejected", *RATINGS) if names.get(n, 0) is None
+    ]:
+        fix = f"{quoted(nulls)} is null: mend the row, or data.on_bad_row=skip"
+    expected = "; or ".join(quoted(pair) for pair in SIDES) + ", with a `prompt`"
+    if rated:
+        expected = f"`prompt`, `completion` and `label`; or {expected}"
     return UserError(
-        f"{task} needs pairs of a better and a worse answer",
+        "this task needs answers that are rated, or pairs"
+        if rated
+        else "this task needs pairs of a better and a worse answer",
         where=row.where,
-        expected="; or ".join(quoted(pair) for pair in SIDES) + ", with a `prompt`",
+        expected=expected,
         got=f"columns {quoted(names)}" if names else "an empty object",
         fix=fix,
     )
@@ -136,15 +192,15 @@ def _side(row: Row, column: str) -> str | Messages:
     )
 
 
-def _prompt(row: Row) -> str | Messages | None:
+def _prompt(row: Row, has_template: bool) -> str | Messages | None:
     values = row.values
-    for column in ("prompt", "conversations", "instruction", "question"):
+    for column in PROMPTS:
         value = values.get(column)
         if value is None:
             continue
-        if column == "instruction" and isinstance(value, str) and values.get("input"):
-            value = f"{value}\n{values['input']}"
         if isinstance(value, str):
+            if column in ("instruction", "question"):
+                return _instruction(value, row, has_template)
             return value
         if isinstance(value, list) and all(isinstance(m, dict) for m in value):
             return [chat.from_share_gpt(message) for message in value] or None
@@ -155,6 +211,16 @@ def _prompt(row: Row) -> str | Messages | None:
             got=f"{type_name(value)}: {clip(value)}",
         )
     return None
+
+
+def _instruction(text: str, row: Row, has_template: bool) -> str | Messages:
+    """As in supervised fine-tuning: a turn of the user, or a line of text."""
+    if extra := row.values.get("input"):
+        text = f"{text}\n{extra}"
+    before = history(row.values, row.where)
+    if before or has_template:
+        return [*before, *says("user", text)]
+    return text + "\n"
 
 
 def _system(row: Row) -> str:
@@ -169,7 +235,12 @@ def _system(row: Row) -> str:
     )
 
 
-def _says(role: str, content: str) -> Messages:
+def with_rules(system: str, prompt: str) -> str:
+    """A prompt in plain text, after the rules."""
+    return f"{system}\n\n{prompt}" if system else prompt
+
+
+def says(role: str, content: str) -> Messages:
     return [{"role": role, "content": content}]
 
 
@@ -194,10 +265,15 @@ def _share(
             shared += 1
         shared = min(shared, len(chosen) - 1, len(rejected) - 1)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    roles = [side[0].get("role") if side else None for side in (chosen, rejected)]
-    if not prompt or roles != ["assistant", "assistant"]:
+    first, second = (
+        side[0].get("role") if side else None for side in (chosen, rejected)
+    )
+    if first != second or first in ("system", "user"):
+        alone = "system" in (first, second) and first != second
         raise UserError(
-            "the two sides of a pair answer different prompts",
+            "only one side of a pair has a system message"
+            if alone
+            else "the two sides of a pair answer different prompts",
             where=where,
             expected=f"`{columns[0]}` and `{columns[1]}` with the same messages up to "
             "an answer of the assistant",
@@ -207,13 +283,15 @@ def _share(
     return prompt, chosen, rejected
 
 
-def _implicit_text(chosen: str, rejected: str) -> tuple[Any, Any]:
+def _implicit_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     """The prompt is what both begin with, up to a space (as TRL finds it)."""
-    both = zip(chosen, rejected, strict=False)
-    n = next((i for i, (a, b) in enumerate(both) if a != b), 0)
+    both = list(zip(chosen, rejected, strict=False))
+    # Where one begins with the other, both still have a last character of their own.
+    last = max(len(both) - 1, 0)
+    n = next((i for i, (a, b) in enumerate(both) if a != b), last)
     if n and chosen[n - 1] == " ":
         n -= 1
-    return (chosen[:n], chosen[n:]), (chosen[:n], rejected[n:])
+    return chosen[:n], chosen[n:], rejected[n:]
 
 
 def checked(prompt: Messages, answer: Messages, where: str) -> Messages:

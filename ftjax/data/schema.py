@@ -28,6 +28,8 @@ OPTIONAL = {
     "pre-tokenised": ("labels",),
     "AutoTrain": (),
 }
+RATINGS = ("label", "kto_tag")  # columns that say whether an answer is good
+RATED_ANSWERS = tuple(SCHEMAS[s] for s in SCHEMAS if s not in ("text", "pre-tokenised"))
 IGNORE = -100  # the label of a token that is not trained on, in pre-tokenised rows
 
 
@@ -109,11 +111,11 @@ def normalise(row: Row, has_template: bool = True) -> Normalised:
     elif schema == "prompt/completion":
         sample = _prompt_completion(values, row.where)
     elif schema == "messages":
-        _refuse_tools(values, row.where)
+        refuse_tools(values, row.where)
         messages = chat.check(values["messages"], row.where, "messages")
         sample = Conversation(messages, row.where)
     elif schema == "ShareGPT":
-        _refuse_tools(values, row.where)
+        refuse_tools(values, row.where)
         sample = _share_gpt(values, row.where)
     elif schema == "Alpaca":
         sample = _alpaca(values, row.where, has_template)
@@ -132,12 +134,14 @@ def _schema(values: dict[str, Any], where: str) -> str:
     names = {k for k, v in values.items() if v is not None} or set(values)
     if {"chosen", "rejected"} & names:
         raise _preference(values, where)
-    if {"prompt", "completion"} <= names and isinstance(values.get("label"), bool):
+    rated = [name for name in RATINGS if isinstance(values.get(name), bool)]
+    if rated and any(set(columns) <= names for columns in RATED_ANSWERS):
         raise UserError(
-            "these are good and bad answers (`label`), not answers to imitate",
+            f"these are good and bad answers (`{rated[0]}`), not answers to imitate",
             where=where,
             got=f"columns {quoted(values)}",
-            fix="keep the rows whose `label` is true and delete that column",
+            fix=f"train on them with configs/kto.py; or keep the rows whose "
+            f"`{rated[0]}` is true and delete that column",
         )
     for schema in (
         "pre-tokenised",
@@ -210,11 +214,11 @@ def _text(values: dict[str, Any], column: str, where: str) -> str:
 def _prompt_completion(values: dict[str, Any], where: str) -> Sample:
     prompt, completion = values["prompt"], values["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        _refuse_tools(values, where)
+        refuse_tools(values, where)
         return PromptCompletion(
             _text(values, "prompt", where), _text(values, "completion", where), where
         )
-    _refuse_tools(values, where)
+    refuse_tools(values, where)
     for column in ("prompt", "completion"):
         if not isinstance(values[column], list):
             raise UserError(
@@ -232,7 +236,7 @@ def _prompt_completion(values: dict[str, Any], where: str) -> Sample:
     )
 
 
-def _refuse_tools(values: dict[str, Any], where: str) -> None:
+def refuse_tools(values: dict[str, Any], where: str) -> None:
     if values.get("tools"):
         raise UserError(
             "rows with `tools` are not supported: text only",
@@ -258,25 +262,37 @@ def _alpaca(values: dict[str, Any], where: str, has_template: bool) -> Sample:
     extra = values.get("input")
     if extra:
         instruction = f"{instruction}\n{_text(values, 'input', where)}"
-    system, history = values.get("system"), values.get("history") or []
-    if not has_template and not system and not history:
+    system, before = values.get("system"), history(values, where)
+    if not has_template and not system and not before:
         return PromptCompletion(instruction + "\n", output, where)
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise UserError(
-                "column `history` has the wrong type",
-                where=where,
-                expected="a list of [instruction, answer] pairs",
-                got=clip(history),
-            )
-        messages.append({"role": "user", "content": pair[0]})
-        messages.append({"role": "assistant", "content": pair[1]})
+    messages += before
     messages.append({"role": "user", "content": instruction})
     messages.append({"role": "assistant", "content": output})
     first = len(messages) - 2
     checked = chat.check(messages, where, "instruction, history, output")
     return Conversation(checked, where, train_from=first)
+
+
+def history(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The turns before an Alpaca row's instruction, as messages.
+
+    Raises:
+      UserError: no list of pairs.
+    """
+    pairs = values.get("history") or []
+    messages: list[dict[str, Any]] = []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(
+                "column `history` has the wrong type",
+                where=where,
+                expected="a list of [instruction, answer] pairs",
+                got=clip(pairs),
+            )
+        messages.append({"role": "user", "content": pair[0]})
+        messages.append({"role": "assistant", "content": pair[1]})
+    return messages
 
 
 def _token_row(values: dict[str, Any], where: str) -> TokenRow:

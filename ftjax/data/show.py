@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 
+from ftjax.data.dataset import Dataset
 from ftjax.data.encode import Example
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.data.words import visible
@@ -39,6 +40,21 @@ def show_example(
     count = f"{len(example.ids):,} tokens, {int(example.trained.sum()):,} trained on"
     cut = ", cut" if example.lost else ""
     return f"{visible(example.where)}: {count}{cut}\n{''.join(pieces)}"
+
+
+def show_group(data: Dataset, group: int, tokenizer: Tokenizer) -> str:
+    """An example, or both sides of a pair, or an answer and its rating."""
+    members = [data.examples[i] for i in data.groups[group]]
+    names = [""] * len(members)
+    if "label" in data.values:
+        # The other member is the prompt with an answer to another one.
+        good = bool(data.values["label"][group])
+        members, names = members[:1], ["good" if good else "bad"]
+    elif len(members) == 2:
+        names = ["chosen", "rejected"]
+    shown = [show_example(example, tokenizer) for example in members]
+    lines = zip(names, shown, strict=True)
+    return "\n".join(f"{name}, {x}\n" if name else f"{x}\n" for name, x in lines)
 
 
 def _runs(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

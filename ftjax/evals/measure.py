@@ -48,12 +48,14 @@ def evaluate(
     }
     present = [value for value in terms.values() if not math.isnan(value)]
     found = {"loss": math.fsum(present) if present else math.nan}
-    found |= terms if len(terms) > 1 else {}
-    if "nll" in terms:
-        found["perplexity"] = math.exp(min(terms["nll"], 700.0))
     first = rows[0][0]
     means = {k: _ratio(sums.means[k] for sums, _, _ in rows) for k in first.means}
-    found |= {k: x for k, x in means.items() if not math.isnan(x)}
+    # A metric is of the data alone; a term of the same name may have a weight.
+    all_of_it = terms | means
+    if "nll" in all_of_it and not math.isnan(all_of_it["nll"]):
+        found["perplexity"] = math.exp(min(all_of_it["nll"], 700.0))
+    shown = all_of_it if len(terms) > 1 else means
+    found |= {k: x for k, x in shown.items() if not math.isnan(x)}
     most = {k: max(sums.most[k] for sums, _, _ in rows) for k in first.most}
     found |= extremes(most)
     return {**found, "tokens": int(math.fsum(tokens for _, _, tokens in rows))}

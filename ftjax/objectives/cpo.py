@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ftjax.errors import UserError
 from ftjax.losses.cpo import LOSSES, Options, metrics
 from ftjax.losses.pairs import Pairs
-from ftjax.losses.sums import Sums
+from ftjax.losses.sums import Sums, Term
 from ftjax.models.decoder import Decoder
 from ftjax.objectives import rows
 from ftjax.step import Objective
@@ -50,6 +50,7 @@ def cpo(model: Decoder, config: Any) -> Objective:
         nll = -jnp.sum(tokens.logp_BT * rows.chosen_weights(batch))
         terms = {"preference": jnp.sum(each), "nll": config.nll_weight * nll}
         means = rows.means(metrics(pairs, options, config.type), batch["pair"])
+        means["nll"] = Term(nll, jnp.sum(rows.chosen_weights(batch)))
         return Sums(terms, means | rows.side_metrics(tokens, batch), {})
 
     over = {"preference": lambda batch: batch["pair"], "nll": rows.chosen_weights}

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ftjax.errors import UserError
 from ftjax.losses.kto import apo_zero_unpaired, kto, metrics, reference_point
 from ftjax.losses.sums import Sums, Term
 from ftjax.models.decoder import Decoder
@@ -19,6 +20,7 @@ from ftjax.step import Objective
 from ftjax.weights import Array
 
 PyTree = Any
+TYPES = ("kto", "apo_zero_unpaired")
 
 
 def rated(model: Decoder, config: Any) -> Objective:
@@ -28,7 +30,17 @@ def rated(model: Decoder, config: Any) -> Objective:
       model: of the policy and, where the rows bring no reference, of that too.
       config: `loss` of `configs/kto.py`: type ('kto', 'apo_zero_unpaired'), beta,
         desirable_weight, undesirable_weight.
+
+    Raises:
+      UserError: there is no such loss.
     """
+    if config.type not in TYPES:
+        raise UserError(
+            "there is no such loss of rated answers",
+            where="config.loss.type",
+            expected=", ".join(TYPES),
+            got=config.type,
+        )
     weights = {
         "desirable": config.desirable_weight,
         "undesirable": config.undesirable_weight,

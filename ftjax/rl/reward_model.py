@@ -18,6 +18,8 @@ from ftjax.data.schema import Conversation
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.errors import UserError
 from ftjax.loading import Base
+from ftjax.objectives.reward import HEAD, scores
+from ftjax.objectives.tasks import task_of
 from ftjax.policy import base_of_run, open_policy
 from ftjax.rl.answers import lay_out
 from ftjax.rl.rewards import Columns

@@ -52,7 +52,7 @@ def config_of(task: str, model: Path, data: Path, **values: Any) -> Any:
 def open_small(config: Any) -> tuple[Rollouts, Any, Any]:
     """(rollouts, trained, frozen) of a config, before its first step."""
     ready = prepare(config)
-    trained, frozen = load_variables(config, ready.base, ready.shape, ready.mesh)
+    trained, frozen, _ = load_variables(config, ready.base, ready.shape, ready.mesh)
     game = open_rollouts(config, ready, frozen)
     assert game is not None
     return game, trained, frozen
