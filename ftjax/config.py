@@ -68,7 +68,7 @@ RULES: dict[str, Range] = {
     "quant.targets": NOT_EMPTY,
     "data.train": NOT_EMPTY,
     "data.max_length": Range("2 or more, or 0 (as usual)", lambda x: x == 0 or x >= 2),
-    "data.overlong": one_of("truncate", "drop", "error"),
+    "data.overlong": one_of("truncate", "drop", "error", "split"),
     "data.empty_completion": one_of("drop", "error"),
     "data.on_bad_row": one_of("error", "skip"),
     "data.eval_rows": AT_LEAST_0,

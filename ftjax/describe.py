@@ -50,7 +50,8 @@ def trainable(shape: Shape) -> str:
 
 def evaluation(step: int, found: dict[str, float], shown: Sequence[str]) -> str:
     """One line for an evaluation: the loss, and what tells most of its task."""
-    values = [f"{name.rpartition('/')[-1]} {found[name]:.4g}" for name in shown]
+    values = [f"{name.rpartition('/')[-1]} {found[name]:.4g}"
+              for name in shown if name in found]  # fmt: skip
     parts = [f"loss {found['loss']:.4f}", *values, f"{found['tokens']:,} tokens"]
     return f"eval at step {step}: " + ", ".join(parts)
 

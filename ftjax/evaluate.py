@@ -7,8 +7,10 @@
 
 In float32, over the whole file. Without a task it is the loss per trained token: of
 plain text every token after the first, of prompts and conversations the answers
-(--nocompletion_only: everything). A run is measured by its own task. --to=scores writes
-what a reward model thinks of each row.
+(--nocompletion_only: everything). A run is measured by its own task, and its texts are
+cut as it cut them (--separator, --overlong=split, --join). `bits_per_byte` counts bytes
+of the UTF-8 text that is predicted. --to=scores writes what a reward model thinks of
+each row.
 """
 
 import json
@@ -40,6 +42,7 @@ from ftjax.sharding import batch_sharding, make_mesh
 
 CHUNK = 64  # positions per row that the head handles at a time
 LONGEST = 2048  # tokens per row where neither the model nor the user sets less
+ROWS = {"overlong": "truncate", "separator": "", "join": False}
 PLAIN = SimpleNamespace(chunk=CHUNK)  # the settings of a loss that has no others
 
 
@@ -53,11 +56,14 @@ def define(args: flags.FlagValues) -> None:
     flags.DEFINE_bool("completion_only", True, "not the prompts", flag_values=args)
     flags.DEFINE_enum(
         "overlong",
-        "truncate",
-        ["truncate", "drop", "error"],
-        "what becomes of rows longer than max_length",
+        None,
+        ["truncate", "drop", "error", "split"],
+        "what becomes of rows longer than max_length; split: windows",
         flag_values=args,
     )
+    text = "between the texts of a .txt file, as data.separator"
+    flags.DEFINE_string("separator", None, text, flag_values=args)
+    flags.DEFINE_bool("join", None, "all texts in one stream", flag_values=args)
     what = "the task's metrics, or the reward of each row"
     flags.DEFINE_enum("to", "metrics", ["metrics", "scores"], what, flag_values=args)
     flags.DEFINE_string("out", "", "a new file for the scores", flag_values=args)
@@ -74,6 +80,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
             got=args.out or "no name",
         )
     task, loss, model = _question(args)
+    _settle(args)
     mesh = make_mesh()
     policy = open_policy(
         model=model,
@@ -88,7 +95,8 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     if args.to == "scores":
         return _write_scores(args, policy, mesh, task)
     found, report = measure(args, policy, mesh, task=task, loss=loss)
-    shown = [f"{name} {found[name]:.4g}" for name in task_of(task).shown]
+    names = [name for name in task_of(task).shown if name in found]
+    shown = [f"{name} {found[name]:.4g}" for name in names]
     parts = [f"loss {found['loss']:.5f}", *shown, f"{found['tokens']:,} tokens"]
     say(f"\n{policy.label}\n" + ", ".join(parts))
     counts = {"rows": report.kept, "truncated": report.truncated}
@@ -109,6 +117,18 @@ def _question(args: Any) -> tuple[str, Any, str]:
     return "sft", PLAIN, args.model
 
 
+def _settle(args: Any) -> None:
+    """What the flags leave open about rows is as in the config, or in the run."""
+    data: Any = {}
+    if args.config is not None:
+        data = args.config.data
+    elif args.workdir:
+        data = read_run_config(args.workdir)["data"]
+    for name, usual in ROWS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, data.get(name, usual))
+
+
 def measure(
     args: Any,
     policy: Policy,
@@ -122,7 +142,8 @@ def measure(
 
     Args:
       args: `data`, `split`, `max_length`, `batch_size`, `completion_only`, `overlong`
-        (and `rows`: at most so many, spread evenly), as this command has them.
+        (and `separator`, `join`; and `rows`: at most so many, spread evenly), as this
+        command has them.
       policy: what is measured.
       mesh: of its weights.
       task: of `objectives.tasks`.
@@ -150,6 +171,7 @@ def measure(
         frozen,
         loader.epoch(rows),
         batch_sharding(mesh),
+        loader.dataset.text_bytes if what.reads == "answers" else None,
     )
     return found, loader.dataset.report
 
@@ -231,6 +253,8 @@ def _dataset(args: Any, base: Base, longest: int, reads: str) -> Dataset:
     rules = SimpleNamespace(
         max_length=longest,
         overlong=args.overlong,
+        separator=getattr(args, "separator", ""),
+        join=getattr(args, "join", False),
         completion_only=args.completion_only,
         empty_completion="drop",
         on_bad_row="error",

@@ -134,7 +134,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             for step, values, now in run_steps(
                 step_fn, state, frozen, source, steps, mesh, pause
             ):
-                meta["tokens"] += int(values.pop("weight"))
+                meta["tokens"] += int(values.pop("trained"))
                 speed = clock.tick(values.pop("row_tokens"))
                 totals = {"tokens": meta["tokens"], "time": clock.elapsed}
                 values |= {"lr": rate(step - 1), "tokens_per_s": speed, **totals}
@@ -204,7 +204,15 @@ class Look:
         if loader is None:
             return None
         policy, batches = join(self.frozen, trained), loader.epoch(self.rows)
-        found = evaluate(self.sum_batch, policy, self.frozen, batches, self.sharding)
+        answers = task_of(self.task).reads == "answers"
+        found = evaluate(
+            self.sum_batch,
+            policy,
+            self.frozen,
+            batches,
+            self.sharding,
+            loader.dataset.text_bytes if answers else None,
+        )
         self.log.write(step, "eval", **found)
         shown = task_of(self.task).shown
         self.progress.note(describe.evaluation(step, found, shown))

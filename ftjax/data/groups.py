@@ -15,6 +15,7 @@ from ftjax.data import preferences
 from ftjax.data.encode import Example
 from ftjax.data.schema import Conversation, PromptCompletion, Sample, TextRow, normalise
 from ftjax.data.sources import Row
+from ftjax.data.turn_weights import turn_weights, weighted
 from ftjax.errors import UserError
 
 READS = ("answers", "pairs", "rated", "mixed")
@@ -48,6 +49,9 @@ class Group:
     @property
     def where(self) -> str:
         return self.samples[0].where
+
+
+Encoded = tuple[Group, tuple[Example, ...]]
 
 
 def read_groups(row: Row, has_template: bool, reads: str) -> list[Group]:
@@ -106,6 +110,8 @@ def _rated(row: Row, column: str) -> Group:
     good = preferences.read_label(row, column)
     rest = {name: x for name, x in row.values.items() if name != column}
     found = normalise(Row(rest, row.where))
+    if isinstance(found.sample, Conversation) and found.sample.weights is not None:
+        raise weighted(row.where)
     values = {"rated": 1.0, "label": float(good)}
     return Group((found.sample,), f"{found.schema}/{column}", found.ignored, values)
 
@@ -114,6 +120,8 @@ def _sample(prompt: Any, answer: Any, where: str) -> Sample:
     if isinstance(prompt, str):
         return PromptCompletion(prompt, answer, where)
     messages = preferences.checked(prompt, answer, where)
+    if turn_weights([*prompt, *answer], where) is not None:
+        raise weighted(where)
     return Conversation(messages, where, train_from=len(prompt))
 
 

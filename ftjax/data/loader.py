@@ -101,10 +101,11 @@ class Loader:
 
         Returns:
           tokens, targets (the next token, 0 where none), segments (1.. per document,
-          0 = padding) and positions (from 0 per document), int32; weights, float32: 1
-          where the target is trained on. Never across a document's end. Of data with
-          numbers per group also these, float32 [rows, U], 0 where a row has fewer than
-          U groups; member m of M of group u is segment M * u + m + 1.
+          0 = padding) and positions (from 0 per document), int32; weights, float32: 0
+          where the target is not trained on, else 1 or what its message weighs. Never
+          across a document's end. Of data with numbers per group also these, float32
+          [rows, U], 0 where a row has fewer than U groups; member m of M of group u is
+          segment M * u + m + 1.
         """
         return self._fill(self.groups(start, rows), rows)
 
@@ -145,7 +146,8 @@ class Loader:
         end, predicted = start + size, start + len(example.ids) - 1
         batch["tokens"][row, start:end] = example.ids[:size]
         batch["targets"][row, start:predicted] = example.ids[1:]
-        batch["weights"][row, start:predicted] = example.trained[1:]
+        counts = example.trained if example.weights is None else example.weights
+        batch["weights"][row, start:predicted] = counts[1:]
         batch["segments"][row, start:end] = segment
         batch["positions"][row, start:end] = np.arange(size)
         return end

@@ -22,7 +22,8 @@ def make_sum_batch(objective: Objective) -> SumBatch:
 
     def sums(policy: PyTree, frozen: PyTree, batch: PyTree) -> Any:
         found = objective.loss(policy, frozen, batch, None)
-        return found, objective.totals(batch), jnp.sum(batch["weights"])
+        tokens = jnp.sum((batch["weights"] != 0).astype(jnp.float32))
+        return found, objective.totals(batch), tokens
 
     return jax.jit(sums)
 
@@ -33,12 +34,15 @@ def evaluate(
     frozen: PyTree,
     batches: Iterable[dict[str, np.ndarray]],
     sharding: NamedSharding,
+    text_bytes: float | None = None,
 ) -> dict[str, float]:
     """The loss, its terms where there are several, the metrics, and trained `tokens`.
 
     Sums within a batch are float32, over batches float64. A batch is sent while the
     one before it is computed. The mean negative log-likelihood of tokens comes with
-    its `perplexity`.
+    its `perplexity`, exp(nll), and where `text_bytes` says how much text the trained
+    tokens stand for, with `bits_per_byte` and `byte_perplexity`, its power of 2: those
+    compare models with different tokenizers.
     """
     waiting = [sum_batch(policy, frozen, put_batch(b, sharding)) for b in batches]
     rows = [jax.tree.map(float, row) for row in waiting]
@@ -49,14 +53,35 @@ def evaluate(
     present = [value for value in terms.values() if not math.isnan(value)]
     found = {"loss": math.fsum(present) if present else math.nan}
     found |= terms if len(terms) > 1 else {}
-    if "nll" in terms:
-        found["perplexity"] = math.exp(min(terms["nll"], 700.0))
     first = rows[0][0]
     means = {k: _ratio(sums.means[k] for sums, _, _ in rows) for k in first.means}
+    if "nll" in terms | means:
+        parts = [(s.terms["nll"], n["nll"]) if "nll" in n else s.means["nll"]
+                 for s, n, _ in rows]  # fmt: skip
+        found |= perplexities(parts, text_bytes)
     found |= {k: x for k, x in means.items() if not math.isnan(x)}
     most = {k: max(sums.most[k] for sums, _, _ in rows) for k in first.most}
     found |= extremes(most)
     return {**found, "tokens": int(math.fsum(tokens for _, _, tokens in rows))}
+
+
+def perplexities(
+    parts: list[tuple[float, float]], text_bytes: float | None
+) -> dict[str, float]:
+    """What -log p of tokens, in nats, is per token and per byte.
+
+    Args:
+      parts: sums over tokens, each with the sum of their weights.
+      text_bytes: that the tokens stand for, by the same weights; None: not known.
+    """
+    nll = _ratio(parts)
+    if math.isnan(nll):
+        return {}
+    found = {"perplexity": math.exp(min(nll, 700.0))}
+    if text_bytes:
+        bits = math.fsum(total for total, _ in parts) / text_bytes / math.log(2)
+        found |= {"bits_per_byte": bits, "byte_perplexity": 2 ** min(bits, 1000.0)}
+    return found
 
 
 def _ratio(parts: Iterable[tuple[float, float]]) -> float:

@@ -58,7 +58,7 @@ PREFERENCE = ("rewards/accuracies_fair", "rewards/margins")
 
 TASKS: dict[str, Task] = {
     "sft": Task(_causal, shown=LIKELIHOOD),
-    "generic": Task(_causal, shown=LIKELIHOOD),
+    "generic": Task(_causal, shown=(*LIKELIHOOD, "bits_per_byte")),
     "reward": Task(
         reward_model,
         "pairs",
