@@ -55,6 +55,7 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.data.overlong = "truncate"  # truncate (keeps the start), drop, error, split
     c.data.join = False  # texts in one stream: windows of max_length, no borders
     c.data.packing = True  # several examples per row, kept apart by segments
+    c.data.share_prompt = False  # of pairs: the prompt once, before both answers
     c.data.completion_only = True  # False: train on the prompt too
     c.data.empty_completion = "drop"  # drop, error
     c.data.on_bad_row = "error"  # error, skip

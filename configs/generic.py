@@ -24,5 +24,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.train = "pydoc:text[train]"
     c.data.separator = "<|endoftext|>"
     c.data.overlong = "split"
+    c.loss.label_smoothing = 0.0
     c.optim.lr = 1e-4 if chosen.method in ("full", "freeze") else 5e-4
     return c

@@ -73,6 +73,8 @@ RULES: dict[str, Range] = {
     "data.on_bad_row": one_of("error", "skip"),
     "data.eval_rows": AT_LEAST_0,
     "loss.chunk": AT_LEAST_1,
+    "loss.label_smoothing": SHARE,
+    "loss.neftune_alpha": AT_LEAST_0,
     "optim.name": one_of(*settings.NAMES),
     "optim.lr": POSITIVE,
     "optim.b_lr_ratio": POSITIVE,

@@ -35,7 +35,7 @@ from ftjax.models.proj import (
     init_params,
     params_axes,
 )
-from ftjax.objectives.tasks import plan_task, task_of
+from ftjax.objectives.tasks import check_sharing, plan_task, task_of
 from ftjax.optimizers.muon import Matrices
 from ftjax.sharding import make_mesh, shard_tree
 from ftjax.weights import join
@@ -98,6 +98,7 @@ def prepare_data(config: Any, base: Base, room: int) -> Data:
     Raises:
       UserError: with file and line, for whatever cannot be trained on.
     """
+    check_sharing(config)
     c, task = data_settings(config, room), task_of(config.task)
 
     def build(source: str, split: str) -> Dataset:
@@ -109,7 +110,7 @@ def prepare_data(config: Any, base: Base, room: int) -> Data:
             split=split,
             reads=task.reads,
         )
-        found.ends = task.ends
+        found.ends, found.shared = task.ends, c.share_prompt
         return found
 
     train = build(c.train, "train")

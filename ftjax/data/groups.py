@@ -153,6 +153,16 @@ def _border(example: Example) -> int:
     return int(example.trained.argmax())
 
 
+def shared_prompt(pair: tuple[Example, ...]) -> int:
+    """How many tokens both members begin with, before either's answer; 0 of one."""
+    if len(pair) != 2:
+        return 0
+    one, other = pair
+    most = min(_border(one), _border(other))
+    differ = one.ids[:most] != other.ids[:most]
+    return int(differ.argmax()) if differ.any() else most
+
+
 def same_prompt(pair: tuple[Example, ...]) -> bool:
     """Whether both sides have the same tokens before their answers."""
     chosen, rejected = pair
