@@ -131,6 +131,8 @@ class Corpus:
         rules = SimpleNamespace(
             max_length=min(spec.max_positions, 512),
             overlong="truncate",
+            separator="",
+            join=False,
             completion_only=True,
             empty_completion="drop",
             on_bad_row="error",

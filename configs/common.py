@@ -53,8 +53,11 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.data.eval = "auto"  # the same; empty: none; auto: pydoc's for pydoc, else none
     c.data.split = "train"  # of a `datasets` name
     c.data.max_length = 0  # tokens per row; 0: 1024, or the model's positions if fewer
-    c.data.overlong = "truncate"  # truncate (keeps the start), drop, error
+    c.data.separator = ""  # of the texts in a .txt; see configs/generic.py
+    c.data.overlong = "truncate"  # truncate (keeps the start), drop, error, split
+    c.data.join = False  # texts in one stream: windows of max_length, no borders
     c.data.packing = True  # several examples per row, kept apart by segments
+    c.data.share_prompt = False  # of pairs: the prompt once, before both answers
     c.data.completion_only = True  # False: train on the prompt too
     c.data.empty_completion = "drop"  # drop, error
     c.data.on_bad_row = "error"  # error, skip

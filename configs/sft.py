@@ -5,6 +5,8 @@
 
 Without a model and data it tunes the shipped base on questions about the standard
 library: `make demo`. method=full wants a smaller rate: --config.optim.lr=2e-5.
+
+A message may say how much it counts: `weight` (0: nothing), or `train`, true or false.
 """
 
 from ml_collections import ConfigDict
@@ -20,4 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # VeRA's paper has ten times LoRA's rate.
     rates = {"full": 2e-5, "freeze": 2e-5, "vera": 2e-3}
     c.optim.lr = rates.get(chosen.method, 2e-4)
+    c.loss.type = "nll"  # dft: improbable tokens count less
+    c.loss.label_smoothing = 0.0  # of nll
+    c.loss.neftune_alpha = 0.0  # noise on the embeddings, such as 5; 0: none
     return c

@@ -8,10 +8,11 @@
 
 In float32, over the whole file. Without a task it is the loss per trained token: of
 plain text every token after the first, of prompts and conversations the answers
-(--nocompletion_only: everything). A run is measured by its own task; one that learned
-from rewards answers the prompts, and is measured by those. --to=scores writes what a
-reward model thinks of each row. Several adapters are added up; with --use each is
-measured alone, over one base in memory.
+(--nocompletion_only: everything). A run is measured by its own task, and its texts are
+cut as it cut them (--separator, --overlong=split, --join); one that learned from
+rewards answers the prompts, and is measured by those. `bits_per_byte` counts bytes of
+the UTF-8 text that is predicted. --to=scores writes what a reward model thinks of each
+row. Several adapters are added up; with --use each is measured alone, over one base.
 """
 
 import json
@@ -49,6 +50,7 @@ from ftjax.switch import chosen_alone, parse_use
 
 CHUNK = 64  # positions per row that the head handles at a time
 LONGEST = 2048  # tokens per row where neither the model nor the user sets less
+ROWS = {"overlong": "truncate", "separator": "", "join": False}
 PLAIN = SimpleNamespace(chunk=CHUNK)  # the settings of a loss that has no others
 
 
@@ -65,11 +67,14 @@ def define(args: flags.FlagValues) -> None:
     flags.DEFINE_bool("completion_only", True, "not the prompts", flag_values=args)
     flags.DEFINE_enum(
         "overlong",
-        "truncate",
-        ["truncate", "drop", "error"],
-        "what becomes of rows longer than max_length",
+        None,
+        ["truncate", "drop", "error", "split"],
+        "what becomes of rows longer than max_length; split: windows",
         flag_values=args,
     )
+    between = "between the texts of a .txt file, as data.separator"
+    flags.DEFINE_string("separator", None, between, flag_values=args)
+    flags.DEFINE_bool("join", None, "all texts in one stream", flag_values=args)
     what = "the task's metrics, or the reward of each row"
     flags.DEFINE_enum("to", "metrics", ["metrics", "scores"], what, flag_values=args)
     flags.DEFINE_string("out", "", "a new file for the scores", flag_values=args)
@@ -89,6 +94,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     mesh, names = make_mesh(), names_of(args.adapter)
     summed = bool(args.adapter_weights or args.adapter_rank)
     uses = parse_use(args.use, names, summed=summed) if args.use else []
+    _settle(args)
     policy = open_policy(
         model=_model(args),
         workdir=args.workdir,
@@ -151,6 +157,18 @@ def _model(args: Any) -> str:
     return args.model if named else args.config.model.path
 
 
+def _settle(args: Any) -> None:
+    """What the flags leave open about rows is as in the config, or in the run."""
+    data: Any = {}
+    if args.config is not None:
+        data = args.config.data
+    elif args.workdir:
+        data = read_run_config(args.workdir)["data"]
+    for name, usual in ROWS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, data.get(name, usual))
+
+
 def measure(
     args: Any,
     policy: Policy,
@@ -164,7 +182,8 @@ def measure(
 
     Args:
       args: `data`, `split`, `max_length`, `batch_size`, `completion_only`, `overlong`
-        (and `rows`: at most so many, spread evenly), as this command has them.
+        (and `separator`, `join`; and `rows`: at most so many, spread evenly), as this
+        command has them.
       policy: what is measured.
       mesh: of its weights.
       task: of `objectives.tasks`.
@@ -192,6 +211,7 @@ def measure(
         frozen,
         loader.epoch(rows),
         batch_sharding(mesh),
+        loader.dataset.text_bytes if what.reads == "answers" else None,
     )
     return found, loader.dataset.report
 
@@ -292,6 +312,8 @@ def _dataset(args: Any, base: Base, longest: int, reads: str) -> Dataset:
     rules = SimpleNamespace(
         max_length=longest,
         overlong=args.overlong,
+        separator=getattr(args, "separator", ""),
+        join=getattr(args, "join", False),
         completion_only=args.completion_only,
         empty_completion="drop",
         on_bad_row="error",

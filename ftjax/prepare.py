@@ -40,7 +40,7 @@ from ftjax.models.proj import (
     params_axes,
 )
 from ftjax.models.spec import ModelSpec
-from ftjax.objectives.tasks import plan_task, task_of
+from ftjax.objectives.tasks import check_sharing, plan_task, task_of
 from ftjax.optimizers.muon import Matrices
 from ftjax.sharding import make_mesh, shard_tree
 
@@ -108,6 +108,7 @@ def prepare_data(config: Any, base: Base, room: int) -> Data:
     Raises:
       UserError: with file and line, for whatever cannot be trained on.
     """
+    check_sharing(config)
     c, task = data_settings(config, room), task_of(config.task)
     if task.online:
         c.max_length = prompt_room(c.max_length, config.rollout.max_new_tokens)
@@ -121,7 +122,7 @@ def prepare_data(config: Any, base: Base, room: int) -> Data:
             split=split,
             reads=task.reads,
         )
-        found.ends = task.ends
+        found.ends, found.shared = task.ends, c.share_prompt
         return found
 
     train = build(c.train, "train")

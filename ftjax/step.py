@@ -104,7 +104,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             **sums.metrics(),
-            "weight": jnp.sum(batch["weights"]),
+            "trained": jnp.sum((batch["weights"] != 0).astype(jnp.float32)),
             "grad_norm": norm,
             "skipped": skipped,
         }

@@ -144,7 +144,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             for step, values, now in run_steps(
                 step_fn, state, frozen, source, steps, mesh, pause
             ):
-                meta["tokens"] += int(values.pop("weight"))
+                meta["tokens"] += int(values.pop("trained"))
                 speed = clock.tick(values.pop("row_tokens"))
                 totals = {"tokens": meta["tokens"], "time": clock.elapsed}
                 values |= {"lr": rate(step - 1), "tokens_per_s": speed, **totals}
@@ -223,7 +223,10 @@ class Look:
             found = self.game.evaluate(trained)
         elif loader:
             policy, rows = join(self.frozen, trained), loader.epoch(self.rows)
-            found = evaluate(self.sum_batch, policy, self.frozen, rows, self.sharding)
+            answers = task_of(self.task).reads == "answers"
+            text_bytes = loader.dataset.text_bytes if answers else None
+            place = self.sharding, text_bytes
+            found = evaluate(self.sum_batch, policy, self.frozen, rows, *place)
         if found is None:
             return None
         self.log.write(step, "eval", **found)

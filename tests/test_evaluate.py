@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ftjax import cli, evaluate
 from ftjax.export import write_adapter
 from ftjax.policy import open_policy
 from tests.runs import make_run
+from tests.tiny import make_tiny_checkpoint
 
 TEXTS = ["the thing in the end", "on", "a re er on the the in", "thing " * 40]
 
@@ -128,3 +130,27 @@ def test_refused(
     data = write(tmp_path / "d.jsonl", [{"text": "the"}])
     named = [flag.replace("DATA", data) for flag in flags]
     assert part in run(f"--model={tiny_llama}", *named, code=2)["screen"]
+
+
+def test_a_model_that_knows_nothing_needs_log_v_bits_a_token(
+    tmp_path: Path, run: Any
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][:] = 0  # every token is as likely as any other
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    size = tensors["lm_head.weight"].shape[0]
+    text = "the naïve thing in the 日本 end\n" * 9
+    data = tmp_path / "d.txt"
+    data.write_text(text + "<|endoftext|>\n" + "on\nand on 😀", encoding="utf-8")
+    common = (f"--model={folder}", f"--data={data}", "--max_length=32")
+    found = run(*common, "--separator=<|endoftext|>", "--overlong=split")
+    predicted = text.strip("\n") + "on\nand on 😀"  # BOS is before the first token
+    assert (found["rows"], found["truncated"]) == (2, 0)
+    bits = found["tokens"] * math.log2(size) / len(predicted.encode())
+    assert found["perplexity"] == pytest.approx(size, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert found["byte_perplexity"] == pytest.approx(2**bits, rel=1e-5)
+    # One stream predicts the BOS of the second text too.
+    joined = run(*common, "--separator=<|endoftext|>", "--join")
+    assert joined["tokens"] == found["tokens"] + 1

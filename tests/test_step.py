@@ -121,7 +121,7 @@ def test_four_devices_give_the_numbers_of_one(
         assert float(metrics["loss"]) == pytest.approx(
             float(one_metrics["loss"]), rel=1e-5
         )
-        assert float(metrics["weight"]) == float(one_metrics["weight"])
+        assert float(metrics["trained"]) == float(one_metrics["trained"])
     if axes[1] > 1:
         split_leaves = [
             leaf
@@ -163,7 +163,7 @@ def test_a_batch_without_trained_tokens_changes_nothing() -> None:
     batch = small_batch()
     batch["weights"][:] = 0
     after, metrics = step(state, frozen, micro(batch, 1))
-    assert int(metrics["skipped"]) == 1 and float(metrics["weight"]) == 0
+    assert int(metrics["skipped"]) == 1 and float(metrics["trained"]) == 0
     jax.tree.map(np.testing.assert_array_equal, after.trained, state.trained)
 
 

@@ -13,6 +13,7 @@ from ftjax.data import encode as enc
 from ftjax.data.groups import (
     MEMBERS,
     VALUES,
+    Encoded,
     Group,
     mismatched,
     read_groups,
@@ -23,6 +24,7 @@ from ftjax.data.report import DataReport, Tally
 from ftjax.data.schema import Conversation, PromptRow, Sample
 from ftjax.data.sources import Row, RowReader, read_rows
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.data.windows import in_windows, refuse_windows
 from ftjax.errors import UserError
 
 CHUNK = 1024  # rows that are rendered and encoded together
@@ -44,6 +46,7 @@ class Dataset:
       columns: of each prompt, itself (`prompt`) and whatever else its row says.
       members: of a group, at most.
       ends: rows hold the last token of an example too.
+      shared: the prompt of a group stands once, before its members.
     """
 
     examples: list[enc.Example]
@@ -54,6 +57,7 @@ class Dataset:
     columns: list[dict[str, Any]] = field(default_factory=list)
     members: int = 1
     ends: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
         self.groups = self.groups or [(i,) for i in range(len(self.examples))]
@@ -65,11 +69,24 @@ class Dataset:
             digest.update(len(example.ids).to_bytes(4, "little"))
             digest.update(example.ids.astype("<i4").tobytes())
             digest.update(example.trained.tobytes())
+            if example.weights is not None:
+                digest.update(example.weights.astype("<f4").tobytes())
         for name, values in self.values.items():
             digest.update(name.encode() + values.tobytes())
         for columns in self.columns:
             digest.update(json.dumps(columns, sort_keys=True, default=str).encode())
         return digest.hexdigest()
+
+    @property
+    def text_bytes(self) -> float | None:
+        """The bytes of text that are trained on, by weight; None: not counted."""
+        total = 0.0
+        for e in self.examples:
+            if e.sizes is None:
+                return None
+            counts = e.trained if e.weights is None else e.weights
+            total += float(np.dot(e.sizes[1:], counts[1:].astype(np.float64)))
+        return total
 
 
 def build_dataset(
@@ -86,8 +103,8 @@ def build_dataset(
     Args:
       source: see `sources`.
       tokenizer: of the model.
-      data_config: the `data` section of a config: max_length, overlong, split,
-        empty_completion, completion_only, on_bad_row, eval_rows.
+      data_config: the `data` section of a config: max_length, overlong, join, split,
+        separator, empty_completion, completion_only, on_bad_row, eval_rows.
       vocab_size: the rows of the model's embedding.
       split: 'train' or 'eval': what the data is for, and which part of the shipped data
         is read; for 'eval', `eval_rows` rows spread evenly over the source are kept.
@@ -97,11 +114,8 @@ def build_dataset(
       UserError: a bad row (unless they are skipped), a token id outside the vocabulary,
         or nothing left to train on.
     """
-    reader = read_rows(
-        source,
-        on_bad_row=data_config.on_bad_row,
-        split=_source_split(source, data_config.split, split),
-    )
+    refuse_windows(data_config, reads)
+    reader = _reader(source, data_config, split)
     report = DataReport(source, split, data_config.max_length)
     notes = enc.Notes()
     skip = data_config.on_bad_row == "skip"
@@ -110,21 +124,19 @@ def build_dataset(
         rows = _spread(list(reader), data_config.eval_rows)
     groups = _groups(rows, report, notes, tokenizer.template is not None, skip, reads)
     kept = list(_encoded(groups, tokenizer, data_config, report, notes))
+    report.kept = len(kept)
+    kept = in_windows(kept, data_config, report)
     _take_over(reader, report)
     _check_pairs(report, source)
     if not kept:
         raise _nothing_left(report, source)
     data = _gather(kept, report, reads, data_config.max_length)
-    report.kept = len(data.groups)
     if split == "train":
         refuse_no_signal(source, reads, data.values)
     _check_ids(data.examples, vocab_size)
     data.hashes = _account(data, report, reads)
     _warn(report, notes, tokenizer, data.examples[0])
     return data
-
-
-Encoded = tuple[Group, tuple[enc.Example, ...]]
 
 
 def _encoded(
@@ -135,7 +147,8 @@ def _encoded(
     notes: enc.Notes,
 ) -> Iterator[Encoded]:
     """The groups of which no member is left out, many encoded at once."""
-    rules, skip = _rules(data_config), data_config.on_bad_row == "skip"
+    rules = _rules(data_config, sized=report.split == "eval")
+    skip = data_config.on_bad_row == "skip"
     while chunk := list(islice(groups, CHUNK)):
         samples = [sample for group in chunk for sample in group.samples]
         outcomes = iter(enc.encode_all(samples, tokenizer, rules, notes))
@@ -173,12 +186,14 @@ def _gather(
     )
 
 
-def _rules(data_config: Any) -> enc.Rules:
+def _rules(data_config: Any, *, sized: bool) -> enc.Rules:
+    join = data_config.join
     return enc.Rules(
         max_length=data_config.max_length,
-        overlong=data_config.overlong,
+        overlong="split" if join else data_config.overlong,
         completion_only=data_config.completion_only,
         empty_completion=data_config.empty_completion,
+        sized=sized,
     )
 
 
@@ -192,8 +207,14 @@ def note_overlap(train: Dataset, held_out: Dataset) -> int:
     return shared
 
 
-def _source_split(source: str, hub_split: str, split: str) -> str:
-    return split if source.startswith("pydoc:") else hub_split or split
+def _reader(source: str, data_config: Any, split: str) -> RowReader:
+    named = split if source.startswith("pydoc:") else data_config.split or split
+    return read_rows(
+        source,
+        on_bad_row=data_config.on_bad_row,
+        split=named,
+        separator=data_config.separator,
+    )
 
 
 def _spread(rows: list[Row], count: int) -> list[Row]:

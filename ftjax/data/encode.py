@@ -20,6 +20,7 @@ from ftjax.data.schema import (
     TextRow,
     TokenRow,
 )
+from ftjax.data.text_bytes import token_bytes
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.errors import UserError
 
@@ -42,12 +43,16 @@ class Example:
         first token is never predicted.
       where: the place of the row in its source.
       lost: tokens that were cut off at the end to fit max_length.
+      weights: float32 [n], how much each trained token counts; None: 1.
+      sizes: int32 [n], the bytes of UTF-8 text of each token; None: not counted.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     where: str
     lost: int = 0
+    weights: np.ndarray | None = None
+    sizes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,18 @@ class Rules:
 
     Args:
       max_length: the most tokens an example may have.
-      overlong: 'truncate' keeps the start, 'drop' leaves the row out, 'error' stops.
+      overlong: 'truncate' keeps the start, 'drop' leaves the row out, 'error' stops;
+        'split' keeps rows whole, for `windows` to cut.
       completion_only: train on completions and answers only, else on everything.
       empty_completion: 'drop' or 'error'.
+      sized: count the bytes of each token.
     """
 
     max_length: int
     overlong: str = "truncate"
     completion_only: bool = True
     empty_completion: str = "drop"
+    sized: bool = False
 
 
 @dataclass
@@ -97,6 +105,8 @@ class _Ids:
     ids: list[int]
     trained: np.ndarray
     boundary: int
+    weights: np.ndarray | None = None
+    sizes: np.ndarray | None = None
 
 
 def encode(
@@ -128,7 +138,8 @@ def encode_all(
     todo = [(i, s) for i, s in enumerate(samples) if outcomes[i] is None]
     for kind, encoder in _ENCODERS.items():
         mine = [(i, s) for i, s in todo if isinstance(s, kind)]
-        made = encoder([s for _, s in mine], tokenizer, notes) if mine else []
+        own = [sample for _, sample in mine]
+        made = encoder(own, tokenizer, notes, rules.sized) if own else []
         for (i, sample), ids in zip(mine, made, strict=True):
             outcomes[i] = (
                 ids
@@ -167,6 +178,8 @@ def _finish(
 ) -> Example | Dropped | UserError:
     """Applies the length policy and makes the arrays."""
     length, most = len(made.ids), rules.max_length
+    if rules.overlong == "split":
+        most = max(most, length + 1)
     if length > most and rules.overlong == "error":
         return UserError(
             "a row is longer than data.max_length",
@@ -186,49 +199,83 @@ def _finish(
         trained = np.ones(length, bool)
     trained = trained[:most].copy()
     trained[:1] = False
+    weights = made.weights
+    if weights is not None:
+        trained &= weights[:most] > 0
+        weights = weights[:most] * trained
     if not trained.any():
         return Dropped(NOTHING, where)
     ids = np.array(made.ids[:most], np.int32)
-    return Example(ids, trained, where, lost=max(0, length - most))
+    sizes = None if made.sizes is None else made.sizes[:most]
+    lost = max(0, length - most)
+    return Example(ids, trained, where, lost, weights, sizes)
 
 
 def _encode_texts(
-    rows: Sequence[TextRow], tokenizer: Tokenizer, notes: Notes
+    rows: Sequence[TextRow], tokenizer: Tokenizer, notes: Notes, sized: bool
 ) -> list[_Ids | UserError]:
     found: list[_Ids | UserError] = []
-    for row, ids in zip(
-        rows, tokenizer.encode([r.text for r in rows], add_special=True), strict=True
-    ):
+    encoded = _encode_whole([r.text for r in rows], tokenizer, sized)
+    for row, (raw, sizes) in zip(rows, encoded, strict=True):
         _note_specials(row.text, row.where, tokenizer, notes)
-        ids = _with_eos(_single_bos(ids, row.where, tokenizer, notes), tokenizer)
-        found.append(_Ids(ids, np.ones(len(ids), bool), 0))
+        ids, sizes = _complete(raw, sizes, row.where, tokenizer, notes)
+        found.append(_Ids(ids, np.ones(len(ids), bool), 0, sizes=sizes))
     return found
 
 
 def _encode_pairs(
-    rows: Sequence[PromptCompletion], tokenizer: Tokenizer, notes: Notes
+    rows: Sequence[PromptCompletion], tokenizer: Tokenizer, notes: Notes, sized: bool
 ) -> list[_Ids | UserError]:
     """The boundary is the longest common prefix of the prompt's ids and the whole's."""
-    texts = [r.prompt for r in rows] + [r.prompt + r.completion for r in rows]
-    encoded = tokenizer.encode(texts, add_special=True)
+    prompts = tokenizer.encode([r.prompt for r in rows], add_special=True)
+    encoded = _encode_whole([r.prompt + r.completion for r in rows], tokenizer, sized)
     found: list[_Ids | UserError] = []
     tail = len(tokenizer.added[1])
-    for row, prompt, ids in zip(
-        rows, encoded[: len(rows)], encoded[len(rows) :], strict=True
-    ):
+    for row, prompt, (raw, sizes) in zip(rows, prompts, encoded, strict=True):
         _note_specials(row.prompt, row.where, tokenizer, notes)
         _note_specials(row.completion, row.where, tokenizer, notes)
         prompt = tokenizer.single_bos(prompt[: len(prompt) - tail])
-        ids = _with_eos(_single_bos(ids, row.where, tokenizer, notes), tokenizer)
+        ids, sizes = _complete(raw, sizes, row.where, tokenizer, notes)
         boundary = _common(prompt, ids)
         if boundary < len(prompt):
             notes.add("prompt and completion share a token at their border", row.where)
-        found.append(_Ids(ids, np.arange(len(ids)) >= boundary, boundary))
+        trained = np.arange(len(ids)) >= boundary
+        found.append(_Ids(ids, trained, boundary, sizes=sizes))
     return found
 
 
+def _encode_whole(
+    texts: list[str], tokenizer: Tokenizer, sized: bool
+) -> list[tuple[list[int], np.ndarray | None]]:
+    """The ids of each text, and the bytes of each id where these are `sized`."""
+    if not sized:
+        return [(ids, None) for ids in tokenizer.encode(texts, add_special=True)]
+    special = tokenizer.special_ids
+    spans = tokenizer.encode_spans(texts, add_special=True)
+    return [
+        (ids, token_bytes(text, ids, offsets, special))
+        for text, (ids, offsets) in zip(texts, spans, strict=True)
+    ]
+
+
+def _complete(
+    raw: list[int],
+    sizes: np.ndarray | None,
+    where: str,
+    tokenizer: Tokenizer,
+    notes: Notes,
+) -> tuple[list[int], np.ndarray | None]:
+    """With one BOS at most, and with an EOS; the sizes alike."""
+    single = _single_bos(raw, where, tokenizer, notes)
+    ids = _with_eos(single, tokenizer)
+    if sizes is not None:
+        sizes = sizes[len(raw) - len(single) :]
+        sizes = np.pad(sizes, (0, len(ids) - len(single)))
+    return ids, sizes
+
+
 def _encode_chats(
-    rows: Sequence[Conversation], tokenizer: Tokenizer, notes: Notes
+    rows: Sequence[Conversation], tokenizer: Tokenizer, notes: Notes, sized: bool
 ) -> list[_Ids | UserError]:
     rendered = chat.render_all(
         [(row.messages, row.where, row.train_from) for row in rows], tokenizer
@@ -247,15 +294,39 @@ def _encode_chats(
             notes.add(note, row.where)
         ids, offsets = next(encoded)
         trained = _covered(offsets, result.spans)
+        weights = _weigh(row, offsets, result.spans, notes)
+        if weights is not None:
+            trained &= weights > 0
         boundary = int(trained.argmax()) if trained.any() else len(ids)
-        found.append(_Ids(ids, trained, boundary))
+        special = tokenizer.special_ids
+        sizes = token_bytes(result.text, ids, offsets, special) if sized else None
+        found.append(_Ids(ids, trained, boundary, weights, sizes))
+    return found
+
+
+def _weigh(
+    row: Conversation,
+    offsets: list[tuple[int, int]],
+    spans: list[tuple[int, int]],
+    notes: Notes,
+) -> np.ndarray | None:
+    """The weight of each token, float32 [n]: its turn's, and 1 outside the answers."""
+    if row.weights is None:
+        return None
+    found = np.ones(len(offsets), np.float32)
+    turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+    turns = [i for i in turns if i >= row.train_from]
+    for i, span in zip(turns, spans, strict=True):
+        found[_covered(offsets, [span])] = row.weights[i]
+    if any(w > 1 for i, w in enumerate(row.weights) if i not in turns):
+        notes.add("a weight of what is no answer to learn has no effect", row.where)
     return found
 
 
 def _encode_ready(
-    rows: Sequence[TokenRow], tokenizer: Tokenizer, notes: Notes
+    rows: Sequence[TokenRow], tokenizer: Tokenizer, notes: Notes, sized: bool
 ) -> list[_Ids | UserError]:
-    del tokenizer, notes
+    del tokenizer, notes, sized
     found: list[_Ids | UserError] = []
     for row in rows:
         trained = np.array(row.trained, bool)
@@ -267,7 +338,7 @@ def _encode_ready(
 
 
 def _encode_prompts(
-    rows: Sequence[PromptRow], tokenizer: Tokenizer, notes: Notes
+    rows: Sequence[PromptRow], tokenizer: Tokenizer, notes: Notes, sizes: bool
 ) -> list[_Ids | UserError]:
     """A text as it begins a row in training; messages up to the assistant's turn."""
     chats = [row for row in rows if not isinstance(row.prompt, str)]
@@ -289,7 +360,7 @@ def _encode_prompts(
     return found
 
 
-_Encoder = Callable[[list[Any], Tokenizer, Notes], list[_Ids | UserError]]
+_Encoder = Callable[[list[Any], Tokenizer, Notes, bool], list[_Ids | UserError]]
 _ENCODERS: dict[type, _Encoder] = {
     TextRow: _encode_texts,
     PromptCompletion: _encode_pairs,

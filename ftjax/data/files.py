@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,27 +100,37 @@ def json_list(path: Path, faults: Faults, duplicates: list[tuple[str, str]]) -> 
             faults.add(error)
 
 
-def text_documents(path: Path, faults: Faults) -> Found:
-    """Yields {'text': ...} per document.
+def text_documents(path: Path, separator: str) -> Found:
+    """Yields {'text': ...} per document, without newlines at its ends.
 
-    Documents end with a line `<|endoftext|>` where the file has such lines; else every
-    line that is not blank is a document.
+    Args:
+      path: of the text.
+      separator: what stands between documents: a line that holds this alone, or, if it
+        holds newlines, these characters wherever they are ('\\n\\n' is a blank line; a
+        backslash and an n are a newline, for command lines). A file without it is one
+        document. Empty: lines `<|endoftext|>`, or every line where there are none.
     """
-    lines = _whole(path).splitlines()
-    if DOCUMENT_END not in lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield {"text": line}, f"{path.name}:{number}"
-        return
-    first, block = 1, list[str]()
-    for number, line in enumerate([*lines, DOCUMENT_END], 1):
-        if line != DOCUMENT_END:
-            block.append(line)
-            continue
-        text = "\n".join(block).strip("\n")
-        if text:
-            yield {"text": text}, f"{path.name}:{first}"
-        first, block = number + 1, []
+    text = _whole(path).replace("\r\n", "\n")
+    separator = separator.replace("\\n", "\n")
+    if not separator:
+        separator = DOCUMENT_END if DOCUMENT_END in text.split("\n") else "\n"
+    if "\n" not in separator:
+        # Framed by newlines, every line is; two lines in a row share one.
+        line = rf"(?<=\n){re.escape(separator)}(?=\n)"
+        text, pattern, number = f"\n{text}\n", line, 0
+    else:
+        pattern, number = re.escape(separator), 1
+    start = 0
+    for end, after in [
+        *(m.span() for m in re.finditer(pattern, text)),
+        (len(text),) * 2,
+    ]:
+        document = text[start:end]
+        if document.strip():
+            blank = len(document) - len(document.lstrip("\n"))
+            yield {"text": document.strip("\n")}, f"{path.name}:{number + blank}"
+        number += text.count("\n", start, after)
+        start = after
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:

@@ -23,6 +23,7 @@ from ftjax.data.schema import (
     normalise,
 )
 from ftjax.data.sources import Row
+from ftjax.data.turn_weights import turn_weights, weighted
 from ftjax.errors import UserError
 
 READS = ("answers", "pairs", "rated", "mixed", "prompts")
@@ -61,6 +62,9 @@ class Group:
     @property
     def where(self) -> str:
         return self.samples[0].where
+
+
+Encoded = tuple[Group, tuple[Example, ...]]
 
 
 def read_groups(row: Row, has_template: bool, reads: str) -> list[Group]:
@@ -132,6 +136,8 @@ def _rated(row: Row, column: str, has_template: bool) -> Group:
     found = normalise(bare, has_template)
     sample = found.sample
     if isinstance(sample, Conversation):
+        if sample.weights is not None:
+            raise weighted(row.where)
         # What is rated is the last answer of a conversation.
         first = sample.train_from or len(sample.messages) - 1
         sample = dataclasses.replace(sample, train_from=first)
@@ -143,6 +149,8 @@ def _sample(prompt: Any, answer: Any, where: str) -> Sample:
     if isinstance(prompt, str):
         return PromptCompletion(prompt, answer, where)
     messages = preferences.checked(prompt, answer, where)
+    if turn_weights([*prompt, *answer], where) is not None:
+        raise weighted(where)
     return Conversation(messages, where, train_from=len(prompt))
 
 
@@ -180,6 +188,16 @@ def _swap(one: Example, other: Example, most: int) -> Example:
 def _border(example: Example) -> int:
     """Where the answer begins."""
     return int(example.trained.argmax())
+
+
+def shared_prompt(pair: tuple[Example, ...]) -> int:
+    """How many tokens both members begin with, before either's answer; 0 of one."""
+    if len(pair) != 2:
+        return 0
+    one, other = pair
+    most = min(_border(one), _border(other))
+    differ = one.ids[:most] != other.ids[:most]
+    return int(differ.argmax()) if differ.any() else most
 
 
 def same_prompt(pair: tuple[Example, ...]) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ftjax.data.dataset import Dataset
 from ftjax.data.encode import Example
+from ftjax.data.groups import shared_prompt
 from ftjax.data.order import permutation
 from ftjax.data.pack import fill, pack
 
@@ -24,7 +25,20 @@ def slots(example: Example, ends: bool = False) -> int:
 def group_slots(dataset: Dataset) -> np.ndarray:
     """The places that each group takes: those of all its members, int64 [n]."""
     sizes = np.array([slots(e, dataset.ends) for e in dataset.examples], np.int64)
-    return np.array([sizes[list(group)].sum() for group in dataset.groups], np.int64)
+    total = np.array([sizes[list(group)].sum() for group in dataset.groups], np.int64)
+    return total - prompt_slots(dataset)
+
+
+def prompt_slots(dataset: Dataset) -> np.ndarray:
+    """The places of each group's prompt, where that stands once: int64 [n], else 0.
+
+    The prompt's last token is no part of it: it stands at the head of each answer,
+    whose first token it predicts.
+    """
+    if not dataset.shared:
+        return np.zeros(len(dataset.groups), np.int64)
+    members = [tuple(dataset.examples[i] for i in g) for g in dataset.groups]
+    return np.array([max(0, shared_prompt(pair) - 1) for pair in members], np.int64)
 
 
 def row_length(*datasets: Dataset, max_length: int, packing: bool) -> int:
@@ -61,6 +75,7 @@ class Loader:
         self.dataset, self.length = dataset, length
         self.packing, self.seed, self.shuffle = packing, seed, shuffle
         lengths = group_slots(dataset)
+        self.prompts = prompt_slots(dataset)
         if len(lengths) == 0 or lengths.max() > length:
             longest = lengths.max(initial=0)
             raise ValueError(
@@ -101,10 +116,13 @@ class Loader:
 
         Returns:
           tokens, targets (the next token, 0 where none), segments (1.. per document,
-          0 = padding) and positions (from 0 per document), int32; weights, float32: 1
-          where the target is trained on. Never across a document's end. Of data with
-          numbers per group also these, float32 [rows, U], 0 where a row has fewer than
-          U groups; member m of M of group u is segment M * u + m + 1.
+          0 = padding) and positions (from 0 per document), int32; weights, float32: 0
+          where the target is not trained on, else 1 or what its message weighs. Never
+          across a document's end. Of data with numbers per group also these, float32
+          [rows, U], 0 where a row has fewer than U groups; member m of M of group u is
+          segment M * u + m + 1. Where the prompt stands once, it is segment 3 u + 1,
+          the two members are the next two, and `parents`, int32, is the prompt's
+          segment for their tokens (0: none), whose positions go on from it.
         """
         return self._fill(self.groups(start, rows), rows)
 
@@ -124,28 +142,39 @@ class Loader:
         names = ("tokens", "targets", "segments", "positions")
         batch = {name: np.zeros((rows, self.length), np.int32) for name in names}
         batch["weights"] = np.zeros((rows, self.length), np.float32)
-        values, stride = self.dataset.values, self.dataset.members
+        values, shared = self.dataset.values, self.dataset.shared
+        stride = self.dataset.members + shared
+        if shared:
+            batch["parents"] = np.zeros((rows, self.length), np.int32)
         batch |= {name: np.zeros((rows, self.most), np.float32) for name in values}
         for row, groups in enumerate(chosen):
             start = 0
             for place, group in enumerate(groups):
                 for name, numbers in values.items():
                     batch[name][row, place] = numbers[group]
-                for m, index in enumerate(self.dataset.groups[group]):
-                    example = self.dataset.examples[index]
-                    segment = stride * place + m + 1
-                    start = self._write(batch, row, start, example, segment)
+                indices, prompt = self.dataset.groups[group], int(self.prompts[group])
+                members = [self.dataset.examples[i] for i in indices]
+                segment = stride * place + 1
+                at = {name: array[row] for name, array in batch.items()}
+                if prompt:
+                    start = _write(at, start, members[0], slice(0, prompt), segment)
+                for m, example in enumerate(members, shared):
+                    part = slice(prompt, slots(example, self.dataset.ends))
+                    if prompt:
+                        at["parents"][start : start + part.stop - prompt] = segment
+                    start = _write(at, start, example, part, segment + m)
         return batch
 
-    def _write(
-        self, batch: Batch, row: int, start: int, example: Example, segment: int
-    ) -> int:
-        """Writes an example into a row; returns where the next one begins."""
-        size = slots(example, self.dataset.ends)
-        end, predicted = start + size, start + len(example.ids) - 1
-        batch["tokens"][row, start:end] = example.ids[:size]
-        batch["targets"][row, start:predicted] = example.ids[1:]
-        batch["weights"][row, start:predicted] = example.trained[1:]
-        batch["segments"][row, start:end] = segment
-        batch["positions"][row, start:end] = np.arange(size)
-        return end
+
+def _write(row: Batch, start: int, example: Example, part: slice, segment: int) -> int:
+    """Writes some places of an example into a row; returns where the next begin."""
+    first, size = part.start, part.stop - part.start
+    end, predicted = start + size, min(part.stop, len(example.ids) - 1) - first
+    row["tokens"][start:end] = example.ids[part]
+    targets = slice(first + 1, first + 1 + predicted)
+    counts = example.trained if example.weights is None else example.weights
+    row["targets"][start : start + predicted] = example.ids[targets]
+    row["weights"][start : start + predicted] = counts[targets]
+    row["segments"][start:end] = segment
+    row["positions"][start:end] = np.arange(first, part.stop)
+    return end

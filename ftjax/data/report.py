@@ -36,6 +36,7 @@ class DataReport:
     Attributes:
       source: its name; split: what it is for (`train`, `eval`).
       read: rows that were read, bad ones included.
+      windows: of all kept rows, where they are cut into windows.
       dropped: by reason; skipped: bad rows by reason, with on_bad_row=skip.
       schemas: rows by schema, with the first place of each.
       conversations: rows that went through the chat template.
@@ -51,6 +52,7 @@ class DataReport:
     max_length: int
     read: int = 0
     kept: int = 0
+    windows: int = 0
     truncated: int = 0
     lost: int = 0
     duplicates: int = 0
@@ -119,6 +121,8 @@ class DataReport:
             share = self.lost / (self.tokens + self.lost)
             lost = f"{self.truncated:,} rows; {self.lost:,} tokens lost, {share:.0%}"
             rows.append((f"  cut at {self.max_length:,} tokens", lost))
+        if self.windows:
+            rows.append((f"  in windows of {self.max_length:,}", f"{self.windows:,}"))
         if self.duplicates:
             rows.append(("  seen before", f"{self.duplicates:,} (kept)"))
         if self.identical.count:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ftjax.data import chat
 from ftjax.data.sources import Row
+from ftjax.data.turn_weights import Weights, turn_weights
 from ftjax.data.words import clip, nearest, quoted, type_name
 from ftjax.errors import UserError
 
@@ -52,11 +53,15 @@ class PromptCompletion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of `role` and `content`; trained on are answers from `train_from` on."""
+    """Messages of `role` and `content`; trained on are answers from `train_from` on.
+
+    `weights`: how much each message counts; None: 1.
+    """
 
     messages: list[dict[str, Any]]
     where: str
     train_from: int = 0
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,7 @@ def normalise(row: Row, has_template: bool = True) -> Normalised:
         sample = _prompt_completion(values, row.where)
     elif schema == "messages":
         refuse_tools(values, row.where)
-        messages = chat.check(values["messages"], row.where, "messages")
-        sample = Conversation(messages, row.where)
+        sample = _conversation(values["messages"], row.where, "messages")
     elif schema == "ShareGPT":
         refuse_tools(values, row.where)
         sample = _share_gpt(values, row.where)
@@ -226,9 +230,10 @@ def _prompt_completion(values: dict[str, Any], where: str) -> Sample:
                 where=where,
                 got=f"`{column}` is {type_name(values[column])}",
             )
-    messages = chat.check(prompt + completion, where, "prompt + completion")
-    if any(m["role"] == "assistant" for m in messages[len(prompt) :]):
-        return Conversation(messages, where, train_from=len(prompt))
+    both = prompt + completion
+    found = _conversation(both, where, "prompt + completion", len(prompt))
+    if any(m["role"] == "assistant" for m in found.messages[len(prompt) :]):
+        return found
     raise UserError(
         "`completion` holds no message of the assistant",
         where=where,
@@ -253,7 +258,14 @@ def _share_gpt(values: dict[str, Any], where: str) -> Conversation:
     if isinstance(turns, list) and turns and isinstance(turns[0], dict):
         turns = [chat.from_share_gpt(t) if isinstance(t, dict) else t for t in turns]
         turns = head + turns
-    return Conversation(chat.check(turns, where, "conversations"), where)
+    return _conversation(turns, where, "conversations")
+
+
+def _conversation(
+    messages: Any, where: str, column: str, train_from: int = 0
+) -> Conversation:
+    checked = chat.check(messages, where, column)
+    return Conversation(checked, where, train_from, turn_weights(messages, where))
 
 
 def _alpaca(values: dict[str, Any], where: str, has_template: bool) -> Sample:

@@ -39,6 +39,9 @@ def show_example(
             pieces.append(f"{GREEN if trained else DIM}{safe}{RESET}")
     count = f"{len(example.ids):,} tokens, {int(example.trained.sum()):,} trained on"
     cut = ", cut" if example.lost else ""
+    if example.weights is not None:
+        used = np.unique(example.weights[example.trained])
+        cut += f", weights {', '.join(f'{w:g}' for w in used[:5])}"
     return f"{visible(example.where)}: {count}{cut}\n{''.join(pieces)}"
 
 

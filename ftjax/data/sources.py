@@ -48,6 +48,7 @@ class RowReader:
     source: str
     on_bad_row: str
     split: str
+    separator: str
     skipped: list[tuple[str, str]] = field(default_factory=list)
     duplicate_keys: list[tuple[str, str]] = field(default_factory=list)
 
@@ -56,13 +57,13 @@ class RowReader:
         self.duplicate_keys.clear()
         faults = files.Faults(self.on_bad_row == "skip", self.skipped)
         for values, where in _open(
-            self.source, self.split, faults, self.duplicate_keys
+            self.source, self.split, faults, self.duplicate_keys, self.separator
         ):
             yield Row(values, where)
 
 
 def read_rows(
-    source: str, *, on_bad_row: str = "error", split: str = "train"
+    source: str, *, on_bad_row: str = "error", split: str = "train", separator: str = ""
 ) -> RowReader:
     """Opens a source. Errors come while iterating, each with its file and line.
 
@@ -70,12 +71,17 @@ def read_rows(
       source: see the head of this module.
       on_bad_row: 'error' stops at the first row that cannot be read, 'skip' notes it.
       split: the split of a `datasets` name or of shipped data that names none.
+      separator: of the documents of a text file; see `files.text_documents`.
     """
-    return RowReader(str(source), on_bad_row, split)
+    return RowReader(str(source), on_bad_row, split, separator)
 
 
 def _open(
-    source: str, split: str, faults: files.Faults, duplicates: list[tuple[str, str]]
+    source: str,
+    split: str,
+    faults: files.Faults,
+    duplicates: list[tuple[str, str]],
+    separator: str,
 ) -> Iterator[tuple[dict[str, Any], str]]:
     if not source:
         raise UserError("no data is named", where="data.train", fix="name a file")
@@ -92,7 +98,7 @@ def _open(
         )
     require_regular(path)
     suffixes = "".join(path.suffixes[-2:]).lower()
-    reader = _reader(suffixes, duplicates)
+    reader = _reader(suffixes, duplicates, separator)
     if path.exists():
         if path.suffix.lower() in PICKLES:
             raise UserError(
@@ -117,12 +123,16 @@ def _open(
     return tables.hub(match["name"], match["split"] or split)
 
 
-def _reader(suffixes: str, duplicates: list[tuple[str, str]]) -> Any:
+def _reader(suffixes: str, duplicates: list[tuple[str, str]], separator: str) -> Any:
     def json_lines(path: Path, faults: files.Faults) -> Iterator[Any]:
         return files.json_lines(path, faults, duplicates)
 
     def json_list(path: Path, faults: files.Faults) -> Iterator[Any]:
         return files.json_list(path, faults, duplicates)
+
+    def text(path: Path, faults: files.Faults) -> Iterator[Any]:
+        del faults
+        return files.text_documents(path, separator)
 
     for ending, reader in (
         (".jsonl", json_lines),
@@ -131,7 +141,7 @@ def _reader(suffixes: str, duplicates: list[tuple[str, str]]) -> Any:
         (".json.gz", json_lines),
         (".json", json_list),
         (".parquet", tables.parquet),
-        (".txt", files.text_documents),
+        (".txt", text),
     ):
         if suffixes.endswith(ending):
             return reader

@@ -72,10 +72,10 @@ class Tokenizer:
         return [row.ids for row in rows]
 
     def encode_spans(
-        self, texts: Sequence[str]
+        self, texts: Sequence[str], add_special: bool = False
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Ids of each text with the characters each came from; adds nothing."""
-        rows = self._fast.encode_batch(list(texts), add_special_tokens=False)
+        """As `encode`, with the characters that each id came from."""
+        rows = self._fast.encode_batch(list(texts), add_special_tokens=add_special)
         return [(row.ids, row.offsets) for row in rows]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

@@ -22,7 +22,8 @@ def make_sum_batch(objective: Objective) -> SumBatch:
 
     def sums(policy: PyTree, frozen: PyTree, batch: PyTree) -> Any:
         found = objective.loss(policy, frozen, batch, None)
-        return found, objective.totals(batch), jnp.sum(batch["weights"])
+        tokens = jnp.sum((batch["weights"] != 0).astype(jnp.float32))
+        return found, objective.totals(batch), tokens
 
     return jax.jit(sums)
 
@@ -33,12 +34,15 @@ def evaluate(
     frozen: PyTree,
     batches: Iterable[dict[str, np.ndarray]],
     sharding: NamedSharding,
+    text_bytes: float | None = None,
 ) -> dict[str, float]:
     """The loss, its terms where there are several, the metrics, and trained `tokens`.
 
     Sums within a batch are float32, over batches float64. A batch is sent while the
     one before it is computed. The mean negative log-likelihood of tokens comes with
-    its `perplexity`.
+    its `perplexity`, exp(nll), and where `text_bytes` says how much text the trained
+    tokens stand for, with `bits_per_byte` and `byte_perplexity`, its power of 2: those
+    compare models with different tokenizers.
     """
     waiting = [sum_batch(policy, frozen, put_batch(b, sharding)) for b in batches]
     rows = [jax.tree.map(float, row) for row in waiting]
@@ -52,13 +56,36 @@ def evaluate(
     means = {k: _ratio(sums.means[k] for sums, _, _ in rows) for k in first.means}
     # A metric is of the data alone; a term of the same name may have a weight.
     all_of_it = terms | means
-    if "nll" in all_of_it and not math.isnan(all_of_it["nll"]):
-        found["perplexity"] = math.exp(min(all_of_it["nll"], 700.0))
+    if "nll" in all_of_it:
+        parts = [
+            s.means["nll"] if "nll" in means else (s.terms["nll"], n["nll"])
+            for s, n, _ in rows
+        ]
+        found |= perplexities(parts, text_bytes)
     shown = all_of_it if len(terms) > 1 else means
     found |= {k: x for k, x in shown.items() if not math.isnan(x)}
     most = {k: max(sums.most[k] for sums, _, _ in rows) for k in first.most}
     found |= extremes(most)
     return {**found, "tokens": int(math.fsum(tokens for _, _, tokens in rows))}
+
+
+def perplexities(
+    parts: list[tuple[float, float]], text_bytes: float | None
+) -> dict[str, float]:
+    """What -log p of tokens, in nats, is per token and per byte.
+
+    Args:
+      parts: sums over tokens, each with the sum of their weights.
+      text_bytes: that the tokens stand for, by the same weights; None: not known.
+    """
+    nll = _ratio(parts)
+    if math.isnan(nll):
+        return {}
+    found = {"perplexity": math.exp(min(nll, 700.0))}
+    if text_bytes:
+        bits = math.fsum(total for total, _ in parts) / text_bytes / math.log(2)
+        found |= {"bits_per_byte": bits, "byte_perplexity": 2 ** min(bits, 1000.0)}
+    return found
 
 
 def _ratio(parts: Iterable[tuple[float, float]]) -> float:

@@ -23,25 +23,34 @@ from ftjax.losses.chunks import (
     reorder,
     weighted_first,
 )
+from ftjax.losses.token_losses import label_smoothed
 from ftjax.weights import Array
 
 
 class NLL(NamedTuple):
     """Sums over the weighted positions; `correct` and `logp_BT` carry no gradient."""
 
-    sum: Array  # [], sum of weight * -log p
+    sum: Array  # [], sum of weight * -log p, smoothed where that is asked for
     correct: Array  # [], weight of positions whose target has the highest logit
     logp_BT: Array  # [B, T] float32, log p(target); 0 where the weight is 0
 
 
 def chunked_nll(
-    hidden_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, chunk: int
+    hidden_BTD: Array,
+    head_DV: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    chunk: int,
+    *,
+    label_smoothing: float = 0.0,
 ) -> NLL:
     """Weighted negative log-likelihood of the targets: the loss of SFT and causal LM.
 
-    -sum_bt weight_bt log softmax(hidden_bt . head)[target_bt], the softmax in float32.
-    A gradient flows to `hidden_BTD` and `head_DV` and through `sum` alone. An unused
-    gradient of the head (it is frozen in LoRA) is not computed.
+    -sum_bt weight_bt log softmax(hidden_bt . head)[target_bt], the softmax in float32;
+    with smoothing eps, (1 - eps) of it and eps of the mean over the vocabulary, as
+    `token_losses.label_smoothed`. A gradient flows to `hidden_BTD` and `head_DV` and
+    through `sum` alone. An unused gradient of the head (it is frozen in LoRA) is not
+    computed.
 
     Args:
       hidden_BTD: in the dtype of the computation.
@@ -49,27 +58,34 @@ def chunked_nll(
       targets_BT: int32 in [0, V).
       weights_BT: float32; 0 for positions that do not count.
       chunk: positions per row that are handled at a time; memory is B * chunk * V.
+      label_smoothing: eps, in [0, 1).
     """
-    total, correct, logp = _nll(chunk, hidden_BTD, head_DV, targets_BT, weights_BT)
+    how = _How(chunk, label_smoothing)
+    total, correct, logp = _nll(how, hidden_BTD, head_DV, targets_BT, weights_BT)
     return NLL(total, jax.lax.stop_gradient(correct), jax.lax.stop_gradient(logp))
 
 
+class _How(NamedTuple):
+    chunk: int
+    smoothing: float
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(chunk: int, hidden: Array, head: Array, targets: Array, weights: Array) -> Any:
+def _nll(how: _How, hidden: Array, head: Array, targets: Array, weights: Array) -> Any:
     wanted = {"to_hidden": False, "to_head": False}
-    return _walk(chunk, hidden, head, targets, weights, **wanted)[0]
+    return _walk(how, hidden, head, targets, weights, **wanted)[0]
 
 
-def _forward(chunk: int, hidden: Any, head: Any, targets: Any, weights: Any) -> Any:
+def _forward(how: _How, hidden: Any, head: Any, targets: Any, weights: Any) -> Any:
     return _walk(
-        chunk,
+        how,
         *(arg.value for arg in (hidden, head, targets, weights)),
         to_hidden=hidden.perturbed,
         to_head=head.perturbed,
     )
 
 
-def _backward(chunk: int, saved: Any, cotangents: Any) -> Any:
+def _backward(how: _How, saved: Any, cotangents: Any) -> Any:
     g = cotangents[0]
     if isinstance(g, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None
@@ -86,7 +102,7 @@ _nll.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _walk(
-    chunk: int,
+    how: _How,
     hidden: Array,
     head: Array,
     targets: Array,
@@ -97,7 +113,7 @@ def _walk(
 ) -> tuple[Any, Any]:
     """(sum, correct, logp), and the gradients of the sum that were asked for."""
     batch, length, dim = hidden.shape
-    chunk = min(chunk, length)
+    chunk = min(how.chunk, length)
     order = weighted_first(weights, chunk)
     rows = _Rows(*(arrange(x, order, chunk) for x in (hidden, targets, weights)))
     matrix = head.astype(hidden.dtype)
@@ -105,7 +121,8 @@ def _walk(
     def body(i: Array, carry: Any) -> Any:
         total, correct, logp, dhidden, dhead = carry
         part = _Rows(*(cut(array, i, chunk) for array in rows))
-        found, error = _chunk(part, matrix, with_error=to_hidden or to_head)
+        wanted = to_hidden or to_head
+        found, error = _chunk(part, matrix, how.smoothing, with_error=wanted)
         if to_hidden:
             dh = jnp.einsum("BCV,DV->BCD", error, matrix)
             dhidden = paste(dhidden, dh, i)
@@ -136,7 +153,9 @@ class _Rows(NamedTuple):
     weights: Array  # [B, C]
 
 
-def _chunk(rows: _Rows, matrix: Array, *, with_error: bool) -> tuple[NLL, Any]:
+def _chunk(
+    rows: _Rows, matrix: Array, eps: float, *, with_error: bool
+) -> tuple[NLL, Any]:
     """The sums of one chunk, and the gradient of their logits [B, C, V]."""
     hidden, targets, weights = rows
     logits = head_logits(hidden, matrix)
@@ -146,13 +165,19 @@ def _chunk(rows: _Rows, matrix: Array, *, with_error: bool) -> tuple[NLL, Any]:
     at = jnp.take_along_axis(logits, targets[..., None], axis=-1)
     logp = (at - top - jnp.log(norm))[..., 0]
     hits = (at == top)[..., 0].astype(weights.dtype)
+    loss = -logp
+    if eps:
+        mean_logp = jnp.mean(logits - top, axis=-1) - jnp.log(norm[..., 0])
+        loss = label_smoothed(logp, mean_logp, label_smoothing=eps)
     found = NLL(
-        -jnp.sum(weights * logp),
+        jnp.sum(weights * loss),
         jnp.sum(weights * hits),
         jnp.where(weights != 0, logp, 0),
     )
     if not with_error:
         return found, None
-    hit = one_hot(targets, logits.shape) * weights[..., None]
-    error = exps * (weights[..., None] / norm) - hit
+    hit = one_hot(targets, logits.shape)
+    if eps:
+        hit = (1 - eps) * hit + eps / logits.shape[-1]
+    error = exps * (weights[..., None] / norm) - hit * weights[..., None]
     return found, error.astype(hidden.dtype)

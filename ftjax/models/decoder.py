@@ -177,27 +177,36 @@ class Decoder(nn.Module):
             self.lm_head = Proj("BTD,DV->BTV", shape, ("embed", "vocab"))
 
     def __call__(
-        self, tokens_BT: Array, positions_BT: Array, segments_BT: Array
+        self,
+        tokens_BT: Array,
+        positions_BT: Array,
+        segments_BT: Array,
+        parents_BT: Array | None = None,
+        noise_BTD: Array | None = None,
     ) -> Array:
         """Hidden states [B, T, D] after the final norm, for packed rows.
 
-        Virtual tokens (the `prompt` collection), or keys and values (`prefix`), stand
-        before every document of a row, and shift its positions.
+        A token sees its own document (`segments` equal), and what is its parent, if it
+        has one. Noise is added to the embeddings. Virtual tokens (the `prompt`
+        collection), or keys and values (`prefix`), stand before every document of a
+        row, and shift its positions.
         """
         prompt_nD = self.get_variable("prompt", "tokens")
         prefix = {name: self.get_variable("prefix", name) for name in "kv"}
-        layer = self._per_layer()
+        layer, rows = self._per_layer(), (positions_BT, segments_BT, parents_BT)
         if prefix["k"] is not None:
             layer["prefix"] = prefix
             n = prefix["k"].shape[1]
-            shared = self._shared(positions_BT, segments_BT, n, rotated=False)
+            shared = self._shared(*rows, n, rotated=False)
         else:
             n = 0 if prompt_nD is None else len(prompt_nD)
-            shared = self._shared(positions_BT, segments_BT, n, rotated=True)
+            shared = self._shared(*rows, n, rotated=True)
         pair: Pair | None = self.get_variable("vera", PAIR)
         if pair is not None:
             shared[PAIR] = pair
         x = self.embed_tokens(tokens_BT)
+        if noise_BTD is not None:
+            x = x + noise_BTD.astype(x.dtype)
         if prompt_nD is not None:
             before = jnp.broadcast_to(prompt_nD[None], (len(x), *prompt_nD.shape))
             x = jnp.concatenate([before.astype(x.dtype), x], axis=1)
@@ -205,7 +214,13 @@ class Decoder(nn.Module):
         return self.norm(x if prompt_nD is None else x[:, n:])
 
     def _shared(
-        self, positions_BT: Array, segments_BT: Array, n: int, *, rotated: bool
+        self,
+        positions_BT: Array,
+        segments_BT: Array,
+        parents_BT: Array | None,
+        n: int,
+        *,
+        rotated: bool,
     ) -> dict[str, Any]:
         """What all layers share, of rows behind n virtual tokens.
 
@@ -215,16 +230,21 @@ class Decoder(nn.Module):
         index = jnp.arange(positions_BT.shape[1])
         distance = (index[:, None] - index[None, :])[None]
         places = positions_BT
+        if parents_BT is not None:
+            # Behind another answer, a parent is nearer than it stands.
+            distance = places[:, :, None] - places[:, None, :]
         if n:
             ahead = jnp.broadcast_to(jnp.arange(n)[None], (len(positions_BT), n))
             places = jnp.concatenate([ahead, positions_BT + n], axis=1)
             segments_BT = jnp.pad(segments_BT, ((0, 0), (n, 0)))
+            if parents_BT is not None:
+                parents_BT = jnp.pad(parents_BT, ((0, 0), (n, 0)))
             distance = places[:, :, None] - places[:, None, :]
             if not rotated:
                 distance = distance.at[:, :, :n].set(0)
                 places = places[:, n:]
         cos, sin = layers.rope_angles(s.rope, s.head_dim, places)
-        mask = layers.packed_mask(segments_BT, n)
+        mask = layers.packed_mask(segments_BT, n, parents_BT)
         return {"mask": mask, "distance": distance, "cos": cos, "sin": sin}
 
     def _per_layer(self) -> dict[str, Any]:
@@ -260,18 +280,24 @@ class Decoder(nn.Module):
 
 
 def hidden_and_head(
-    model: Decoder, variables: Any, batch: Any, key: Array | None = None
+    model: Decoder,
+    variables: Any,
+    batch: Any,
+    key: Array | None = None,
+    noise_BTD: Array | None = None,
 ) -> tuple[Array, Array]:
     """What a loss on packed rows starts from: hidden states [B, T, D] and head [D, V].
 
     Args:
       variables: the policy: 'params', 'quant' where some of them are quantized, and
         'lora', 'vera', 'ia3', 'adapters', 'prompt' or 'prefix'; the base without these.
-      batch: `tokens`, `positions` and `segments`, int32 [B, T].
+      batch: `tokens`, `positions` and `segments`, and `parents` where documents have
+        any, int32 [B, T].
       key: draws the dropout; None in evaluation.
+      noise_BTD: is added to the embeddings; None: nothing.
     """
     rngs = None if key is None else {"dropout": key}
     rows = (batch["tokens"], batch["positions"], batch["segments"])
-    hidden = model.apply(variables, *rows, rngs=rngs)
+    hidden = model.apply(variables, *rows, batch.get("parents"), noise_BTD, rngs=rngs)
     base = {name: variables[name] for name in ("params", "quant") if name in variables}
     return hidden, model.apply(base, method="head")

@@ -99,15 +99,21 @@ def _swiglu_backward(saved: Any, dy: Array) -> tuple[Array, Array]:
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def packed_mask(segments_BT: Array, virtual: int = 0) -> Array:
+def packed_mask(
+    segments_BT: Array, virtual: int = 0, parents_BT: Array | None = None
+) -> Array:
     """Who may look at whom in packed rows: bool [B, T, T].
 
-    Backwards only, and only inside one document (`segments` equal). The first `virtual`
-    columns are no tokens of the row: every document begins with them.
+    Backwards only, and only inside one document (`segments` equal) and what is its
+    parent (0: none). The first `virtual` columns are no tokens of the row: every
+    document begins with them.
     """
     length = segments_BT.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    if parents_BT is not None:
+        above = parents_BT[:, :, None] == segments_BT[:, None, :]
+        same |= above & (parents_BT > 0)[:, :, None]
     if virtual:
         same |= (jnp.arange(length) < virtual)[None, None, :]
     return same & causal[None, :, :]

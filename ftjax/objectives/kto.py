@@ -82,7 +82,5 @@ def answer_sums(
     """log p of each answer, and of the other row's after the same prompt: [B, U, 2]."""
     tokens = rows.logps(model, variables, batch, chunk, key)
     real_BU = batch["rated"]
-    both = rows.group_sums(
-        tokens.logp_BT, batch["segments"], real_BU.shape[-1], rows.PAIR
-    )
+    both = rows.member_sums(tokens.logp_BT, batch, real_BU.shape[-1])
     return jnp.where(real_BU[..., None] > 0, both, 0)

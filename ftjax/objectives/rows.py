@@ -1,6 +1,7 @@
 """From packed rows to sequences and pairs: what every loss of sequences begins with.
 
-Member m of M of group u in a row is segment M * u + m + 1 (see `data.loader`).
+Member m of M of group u in a row is segment M * u + m + 1; where the prompt of a pair
+stands once, it is segment 3 u + 1 and its answers are the next two (see `data.loader`).
 """
 
 from collections.abc import Mapping
@@ -37,18 +38,33 @@ def group_sums(x_BT: Array, segments_BT: Array, groups: int, members: int) -> Ar
     return jax.vmap(row)(x_BT, segments_BT).reshape(-1, groups, members)
 
 
+def member_sums(x_BT: Array, batch: PyTree, groups: int) -> Array:
+    """The sum over the tokens of both members of each group: [B, groups, 2]."""
+    members = PAIR + _prompts(batch)
+    return group_sums(x_BT, batch["segments"], groups, members)[..., -PAIR:]
+
+
+def _prompts(batch: PyTree) -> int:
+    """Segments that come before the members of a group: its prompt, or none."""
+    return int("parents" in batch)
+
+
 def pair_sums(x_BT: Array, batch: PyTree) -> tuple[Array, Array]:
     """Sums over the chosen and the rejected of each pair, each [B, U]; 0 elsewhere."""
     real_BU = batch["pair"]
-    both = group_sums(x_BT, batch["segments"], real_BU.shape[-1], PAIR)
+    both = member_sums(x_BT, batch, real_BU.shape[-1])
     both = jnp.where(real_BU[..., None] > 0, both, 0)
     return both[..., 0], both[..., 1]
 
 
-def member_of(batch: PyTree, members: int = PAIR) -> tuple[Array, Array]:
-    """(group, member) of each token, int32 [..., T]; of padding something."""
+def member_of(batch: PyTree) -> tuple[Array, Array]:
+    """(group, member) of each token, int32 [..., T]; of padding something.
+
+    A prompt that stands once is member -1.
+    """
+    prompts = _prompts(batch)
     place = jnp.maximum(batch["segments"] - 1, 0)
-    return place // members, place % members
+    return place // (PAIR + prompts), place % (PAIR + prompts) - prompts
 
 
 def of_group(values_BU: Array, group_BT: Array) -> Array:

@@ -18,7 +18,7 @@ from ftjax.objectives.distill import distilled
 from ftjax.objectives.dpo import dpo, pair_logps
 from ftjax.objectives.grpo import grpo
 from ftjax.objectives.kto import rated, rated_logps
-from ftjax.objectives.orpo import orpo
+from ftjax.objectives.orpo import WHOLE, orpo
 from ftjax.objectives.ppo import VALUE, ppo
 from ftjax.objectives.reward import HEAD, reward_model
 from ftjax.step import Objective
@@ -39,6 +39,7 @@ class Task:
       guided: in place of `make`, where there is a teacher: its model is the second.
       head: the collection of a scalar head that it trains, if it does.
       ends: rows hold the last token of a sequence too, where a head reads it.
+      shares: its losses read answers alone, so that their prompt may stand once.
       shown: metrics that tell most, for people.
     """
 
@@ -48,6 +49,7 @@ class Task:
     guided: Callable[[Decoder, Decoder, Any], Objective] | None = None
     head: str = ""
     ends: bool = False
+    shares: bool = False
     shown: tuple[str, ...] = ()
 
     @property
@@ -57,7 +59,14 @@ class Task:
 
 
 def _causal(model: Decoder, config: Any) -> Objective:
-    return causal(model, config.chunk)
+    # Runs and tasks without a setting do not have what it sets.
+    return causal(
+        model,
+        config.chunk,
+        kind=getattr(config, "type", "nll"),
+        label_smoothing=getattr(config, "label_smoothing", 0.0),
+        neftune_alpha=getattr(config, "neftune_alpha", 0.0),
+    )
 
 
 LIKELIHOOD = ("perplexity", "token_accuracy")
@@ -66,7 +75,7 @@ PREFERENCE = ("rewards/accuracies_fair", "rewards/margins")
 
 TASKS: dict[str, Task] = {
     "sft": Task(_causal, shown=LIKELIHOOD),
-    "generic": Task(_causal, shown=LIKELIHOOD),
+    "generic": Task(_causal, shown=(*LIKELIHOOD, "bits_per_byte")),
     "reward": Task(
         reward_model,
         "pairs",
@@ -74,11 +83,17 @@ TASKS: dict[str, Task] = {
         ends=True,
         shown=("accuracy_fair", "margin"),
     ),
-    "dpo": Task(dpo, "pairs", reference=pair_logps, shown=PREFERENCE),
-    "orpo": Task(orpo, "mixed", shown=("nll", *PREFERENCE)),
-    "kto": Task(rated, "rated", reference=rated_logps, shown=("kl", "rewards/chosen")),
-    "cpo": Task(cpo, "pairs", shown=("nll", *PREFERENCE)),
-    "simpo": Task(cpo, "pairs", shown=PREFERENCE),
+    "dpo": Task(dpo, "pairs", reference=pair_logps, shares=True, shown=PREFERENCE),
+    "orpo": Task(orpo, "mixed", shares=True, shown=("nll", *PREFERENCE)),
+    "kto": Task(
+        rated,
+        "rated",
+        reference=rated_logps,
+        shares=True,
+        shown=("kl", "rewards/chosen"),
+    ),
+    "cpo": Task(cpo, "pairs", shares=True, shown=("nll", *PREFERENCE)),
+    "simpo": Task(cpo, "pairs", shares=True, shown=PREFERENCE),
     "distill": Task(_causal, guided=distilled, shown=("nll", "token_accuracy")),
     "grpo": Task(grpo, "prompts", shown=REWARD),
     "ppo": Task(ppo, "prompts", head=VALUE, shown=REWARD),
@@ -93,6 +108,32 @@ def plan_task(model: Decoder, task: str, config: Any) -> Method:
     """
     method, head = plan_method(model, config), task_of(task).head
     return with_head(method, model.spec.d_model, head) if head else method
+
+
+def check_sharing(config: Any) -> None:
+    """Whether `data.share_prompt` may be asked for: only where no prompt is trained on.
+
+    Raises:
+      UserError: it is, in this task or with these settings.
+    """
+    if not config.data.share_prompt:
+        return
+    got = ""
+    if not task_of(config.task).shares:
+        got = f"task={config.task}"
+    elif config.loss.get("nll_scope") == WHOLE:
+        got = f"loss.nll_scope={WHOLE}"
+    elif not config.data.completion_only:
+        got = "data.completion_only=False"
+    if got:
+        tasks = ", ".join(name for name, task in TASKS.items() if task.shares)
+        raise UserError(
+            "a prompt that is read once for both answers is not trained on",
+            where="config.data.share_prompt",
+            expected=f"{tasks}, and of them only the answers are trained on",
+            got=got,
+            fix="--config.data.share_prompt=False",
+        )
 
 
 def task_of(name: str) -> Task:

@@ -124,6 +124,8 @@ def data_config(**changes: Any) -> SimpleNamespace:
     settings = {
         "max_length": 64,
         "overlong": "truncate",
+        "separator": "",
+        "join": False,
         "completion_only": True,
         "on_bad_row": "error",
         "empty_completion": "drop",
