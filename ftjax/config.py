@@ -77,6 +77,7 @@ RULES: dict[str, Range] = {
     "data.empty_completion": one_of("drop", "error"),
     "data.on_bad_row": one_of("error", "skip"),
     "data.eval_rows": AT_LEAST_0,
+    "data.join_window": AT_LEAST_0,
     "loss.chunk": AT_LEAST_1,
     "loss.beta": POSITIVE,
     "loss.tau": POSITIVE,

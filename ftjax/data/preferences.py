@@ -18,13 +18,41 @@ from ftjax.errors import UserError
 Messages = list[dict[str, Any]]
 SIDES = (("chosen", "rejected"), ("text", "rejected_text"))
 LABELS = ("label", "kto_tag")
-USED = ("prompt", "system", "instruction", "input", "question", "conversations")
+PROMPTS = ("prompt", "conversations", "instruction", "question")
+USED = (*PROMPTS, "system", "input")
 
 
 def sides(values: dict[str, Any]) -> tuple[str, str] | None:
     """The columns of the better and the worse answer, or None where there are none."""
     given = {name for name, value in values.items() if value is not None}
     return next((pair for pair in SIDES if set(pair) <= given), None)
+
+
+def half(values: dict[str, Any]) -> str | None:
+    """The side that a row has without the other, `chosen` or `rejected`, or None."""
+    given = {name for name, value in values.items() if value is not None}
+    alone = given & set(SIDES[0])
+    if len(alone) != 1 or given & {"completion", "messages", "text"}:
+        return None
+    return alone.pop()
+
+
+def before(row: Row, side: str) -> Messages:
+    """The messages before the answer of a half that has no column for its prompt.
+
+    Raises:
+      UserError: the half is a text, so nobody knows what it answers.
+    """
+    messages = _side(row, side)
+    if not isinstance(messages, str):
+        return messages[:-1]
+    raise UserError(
+        f"`{side}` alone does not say what it answers",
+        where=row.where,
+        expected="a `prompt`",
+        got=f"columns {quoted(row.values)}",
+        fix="add the prompt, or put both answers into one row",
+    )
 
 
 def rating(values: dict[str, Any]) -> str | None:
@@ -138,7 +166,7 @@ def _side(row: Row, column: str) -> str | Messages:
 
 def _prompt(row: Row) -> str | Messages | None:
     values = row.values
-    for column in ("prompt", "conversations", "instruction", "question"):
+    for column in PROMPTS:
         value = values.get(column)
         if value is None:
             continue
