@@ -96,24 +96,19 @@ def build_dataset(
     )
     report = DataReport(source, split, data_config.max_length)
     notes = enc.Notes()
-    skip = data_config.on_bad_row == "skip"
     rows: Iterable[Row] = reader
     if split == "eval" and data_config.eval_rows:
         rows = _spread(list(reader), data_config.eval_rows)
-    joiner = Joiner(
-        window_of(data_config), tokenizer.template is not None, reads, report
-    )
-    groups = read_all(rows, joiner, report, skip)
+    has_template = tokenizer.template is not None
+    joiner = Joiner(window_of(data_config), has_template, reads, report)
+    groups = read_all(rows, joiner, report, data_config.on_bad_row == "skip")
     kept = list(encoded(groups, Encoding(tokenizer, data_config, report, notes)))
     _take_over(reader, report)
     _check_pairs(report, source)
     if not kept:
-        raise _nothing_left(report, source)
+        raise nothing_left(report, source)
     data = _gather(kept, report, reads, data_config.max_length)
     report.kept = len(data.groups)
-    report.kinds = {
-        name: int(data.values[name].sum()) for name in KINDS if reads == "mixed"
-    }
     refuse_no_signal(source, reads, data.values)
     check_ids(data.examples, vocab_size)
     data.hashes = _account(data.examples, report)
@@ -139,6 +134,8 @@ def _gather(
         name: np.array([g.values.get(name, 0) for g, _ in kept], np.float32)
         for name in VALUES[reads]
     }
+    kinds = KINDS if reads == "mixed" else ()
+    report.kinds = {name: int(values[name].sum()) for name in kinds}
     return Dataset(
         examples, report, groups=indices, values=values, members=MEMBERS[reads]
     )
@@ -197,7 +194,7 @@ def _check_pairs(report: DataReport, source: str) -> None:
         )
 
 
-def _nothing_left(report: DataReport, source: str) -> UserError:
+def nothing_left(report: DataReport, source: str) -> UserError:
     use = "train" if report.split == "train" else "evaluate"
     return UserError(
         f"nothing is left to {use} on",
@@ -252,6 +249,4 @@ def _warn(
         )
     if tokenizer.template is not None and tokenizer.template.tells_date:
         warn("the chat template writes today's date: 26 Jul 2024 is used on every day")
-    for note, count in notes.count.items():
-        rows = "1 row" if count == 1 else f"{count:,} rows"
-        warn(f"{rows}: {note} (first {notes.first[note]})")
+    report.warnings.extend(notes.lines())

@@ -5,7 +5,7 @@ that occurs inside a text is a token like any other.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,12 @@ class Notes:
     def add(self, note: str, where: str) -> None:
         self.count[note] += 1
         self.first.setdefault(note, where)
+
+    def lines(self) -> Iterator[str]:
+        """One sentence for each."""
+        for note, count in self.count.items():
+            rows = "1 row" if count == 1 else f"{count:,} rows"
+            yield f"{rows}: {note} (first {self.first[note]})"
 
 
 Outcome = Example | Dropped | UserError

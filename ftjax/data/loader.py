@@ -1,6 +1,7 @@
 """Examples to batches. No state: a row's number names its examples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -13,6 +14,57 @@ from ftjax.data.pack import fill, pack
 MULTIPLE = 32  # of row lengths, so that near lengths compile to one program
 
 Batch = dict[str, np.ndarray]
+
+
+# The numbers of a group, and its members.
+Packed = tuple[Mapping[str, float], Sequence[Example]]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The shape of a batch's rows.
+
+    Attributes:
+      length: T, slots of a row; most: U, groups of a row.
+      names: of the numbers that come with a group.
+      members: of a group, at most.
+      ends: whether rows hold the last token of an example too.
+    """
+
+    length: int
+    most: int
+    names: tuple[str, ...]
+    members: int
+    ends: bool
+
+    def arrays(self, chosen: Sequence[Sequence[Packed]], rows: int) -> Batch:
+        """The groups of each row as arrays [rows, T], [rows, U]; see `Loader.batch`."""
+        names = ("tokens", "targets", "segments", "positions")
+        batch = {name: np.zeros((rows, self.length), np.int32) for name in names}
+        batch["weights"] = np.zeros((rows, self.length), np.float32)
+        batch |= {name: np.zeros((rows, self.most), np.float32) for name in self.names}
+        for row, groups in enumerate(chosen):
+            start = 0
+            for place, (values, examples) in enumerate(groups):
+                for name in self.names:
+                    batch[name][row, place] = values.get(name, 0)
+                for m, example in enumerate(examples):
+                    segment = self.members * place + m + 1
+                    start = self._write(batch, row, start, example, segment)
+        return batch
+
+    def _write(
+        self, batch: Batch, row: int, start: int, example: Example, segment: int
+    ) -> int:
+        """Writes an example into a row; returns where the next one begins."""
+        size = slots(example, self.ends)
+        end, predicted = start + size, start + len(example.ids) - 1
+        batch["tokens"][row, start:end] = example.ids[:size]
+        batch["targets"][row, start:predicted] = example.ids[1:]
+        batch["weights"][row, start:predicted] = example.trained[1:]
+        batch["segments"][row, start:end] = segment
+        batch["positions"][row, start:end] = np.arange(size)
+        return end
 
 
 def slots(example: Example, ends: bool = False) -> int:
@@ -121,31 +173,20 @@ class Loader:
             yield self._fill(groups, rows), groups
 
     def _fill(self, chosen: list[list[int]], rows: int) -> Batch:
-        names = ("tokens", "targets", "segments", "positions")
-        batch = {name: np.zeros((rows, self.length), np.int32) for name in names}
-        batch["weights"] = np.zeros((rows, self.length), np.float32)
-        values, stride = self.dataset.values, self.dataset.members
-        batch |= {name: np.zeros((rows, self.most), np.float32) for name in values}
-        for row, groups in enumerate(chosen):
-            start = 0
-            for place, group in enumerate(groups):
-                for name, numbers in values.items():
-                    batch[name][row, place] = numbers[group]
-                for m, index in enumerate(self.dataset.groups[group]):
-                    example = self.dataset.examples[index]
-                    segment = stride * place + m + 1
-                    start = self._write(batch, row, start, example, segment)
-        return batch
-
-    def _write(
-        self, batch: Batch, row: int, start: int, example: Example, segment: int
-    ) -> int:
-        """Writes an example into a row; returns where the next one begins."""
-        size = slots(example, self.dataset.ends)
-        end, predicted = start + size, start + len(example.ids) - 1
-        batch["tokens"][row, start:end] = example.ids[:size]
-        batch["targets"][row, start:predicted] = example.ids[1:]
-        batch["weights"][row, start:predicted] = example.trained[1:]
-        batch["segments"][row, start:end] = segment
-        batch["positions"][row, start:end] = np.arange(size)
-        return end
+        data = self.dataset
+        frame = Frame(
+            self.length, self.most, tuple(data.values), data.members, data.ends
+        )
+        return frame.arrays(
+            [
+                [
+                    (
+                        {name: numbers[group] for name, numbers in data.values.items()},
+                        [data.examples[index] for index in data.groups[group]],
+                    )
+                    for group in groups
+                ]
+                for groups in chosen
+            ],
+            rows,
+        )
