@@ -64,6 +64,9 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.data.chat_template = ""  # a jinja file instead of the tokenizer's own
     c.data.shuffle = True
     c.data.eval_rows = 0  # at most so many rows of eval; 0: all
+    # Rows with a `prompt` and `chosen` alone, or `rejected` alone, are joined to pairs
+    # where their prompts are equal and they stand at most so many rows apart.
+    c.data.join_window = 1000  # 0: none is joined
 
     c.loss = ConfigDict()  # a task adds its own keys
     c.loss.chunk = 64  # positions per row that the head handles at a time

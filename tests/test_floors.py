@@ -20,6 +20,7 @@ FLOORS = {
     "ftjax.sharding": 0,
     "ftjax.gradients": 0,
     "ftjax.quant": 0,
+    "ftjax.ranges": 0,
     "ftjax.runtime": 0,
     "ftjax.step": 0,
     "ftjax.optim": 0,

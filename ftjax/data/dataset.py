@@ -2,35 +2,32 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from ftjax.data import encode as enc
 from ftjax.data.groups import (
+    KINDS,
     MEMBERS,
     VALUES,
     Encoded,
-    Group,
     mismatched,
-    read_groups,
     refuse_no_signal,
-    same_prompt,
 )
+from ftjax.data.joins import Joiner
+from ftjax.data.notes import Notes
+from ftjax.data.reading import Encoding, check_ids, encoded, read_all, window_of
 from ftjax.data.report import DataReport, Tally
-from ftjax.data.schema import Conversation, PromptRow, Sample
 from ftjax.data.sources import Row, RowReader, read_rows
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.data.windows import in_windows, refuse_windows
 from ftjax.errors import UserError
 
-CHUNK = 1024  # rows that are rendered and encoded together
 DROPPED_SHARE = 0.05  # more rows without room for an answer are worth a warning
 IDENTICAL_SHARE = 0.05  # and so are more pairs that are no pairs
-BEYOND = "the rejected answer has the higher score"
 
 
 @dataclass
@@ -104,7 +101,8 @@ def build_dataset(
       source: see `sources`.
       tokenizer: of the model.
       data_config: the `data` section of a config: max_length, overlong, join, split,
-        separator, empty_completion, completion_only, on_bad_row, eval_rows.
+        separator, empty_completion, completion_only, on_bad_row, eval_rows,
+        join_window.
       vocab_size: the rows of the model's embedding.
       split: 'train' or 'eval': what the data is for, and which part of the shipped data
         is read; for 'eval', `eval_rows` rows spread evenly over the source are kept.
@@ -117,45 +115,28 @@ def build_dataset(
     refuse_windows(data_config, reads)
     reader = _reader(source, data_config, split)
     report = DataReport(source, split, data_config.max_length)
-    notes = enc.Notes()
-    skip = data_config.on_bad_row == "skip"
+    notes = Notes()
     rows: Iterable[Row] = reader
     if split == "eval" and data_config.eval_rows:
         rows = _spread(list(reader), data_config.eval_rows)
-    groups = _groups(rows, report, notes, tokenizer.template is not None, skip, reads)
-    kept = list(_encoded(groups, tokenizer, data_config, report, notes))
+    has_template = tokenizer.template is not None
+    joiner = Joiner(window_of(data_config), has_template, reads, report)
+    skip = data_config.on_bad_row == "skip"
+    groups = read_all(rows, joiner, report, notes, skip)
+    kept = list(encoded(groups, Encoding(tokenizer, data_config, report, notes)))
     report.kept = len(kept)
     kept = in_windows(kept, data_config, report)
     _take_over(reader, report)
     _check_pairs(report, source)
     if not kept:
-        raise _nothing_left(report, source)
+        raise nothing_left(report, source)
     data = _gather(kept, report, reads, data_config.max_length)
     if split == "train":
         refuse_no_signal(source, reads, data.values)
-    _check_ids(data.examples, vocab_size)
+    check_ids(data.examples, vocab_size)
     data.hashes = _account(data, report, reads)
     _warn(report, notes, tokenizer, data.examples[0])
     return data
-
-
-def _encoded(
-    groups: Iterator[Group],
-    tokenizer: Tokenizer,
-    data_config: Any,
-    report: DataReport,
-    notes: enc.Notes,
-) -> Iterator[Encoded]:
-    """The groups of which no member is left out, many encoded at once."""
-    rules = _rules(data_config, sized=report.split == "eval")
-    skip = data_config.on_bad_row == "skip"
-    while chunk := list(islice(groups, CHUNK)):
-        samples = [sample for group in chunk for sample in group.samples]
-        outcomes = iter(enc.encode_all(samples, tokenizer, rules, notes))
-        for group in chunk:
-            made = [next(outcomes) for _ in group.samples]
-            if examples := _kept(made, report, skip, notes):
-                yield group, examples
 
 
 def _gather(
@@ -176,6 +157,8 @@ def _gather(
         name: np.array([g.values.get(name, 0) for g, _ in kept], np.float32)
         for name in VALUES[reads]
     }
+    kinds = KINDS if reads == "mixed" else ()
+    report.kinds = {name: int(values[name].sum()) for name in kinds}
     return Dataset(
         examples,
         report,
@@ -183,17 +166,6 @@ def _gather(
         values=values,
         columns=[group.columns for group, _ in kept] if reads == "prompts" else [],
         members=MEMBERS[reads],
-    )
-
-
-def _rules(data_config: Any, *, sized: bool) -> enc.Rules:
-    join = data_config.join
-    return enc.Rules(
-        max_length=data_config.max_length,
-        overlong="split" if join else data_config.overlong,
-        completion_only=data_config.completion_only,
-        empty_completion=data_config.empty_completion,
-        sized=sized,
     )
 
 
@@ -222,81 +194,6 @@ def _spread(rows: list[Row], count: int) -> list[Row]:
     if len(rows) <= count:
         return rows
     return [rows[i * len(rows) // count] for i in range(count)]
-
-
-def _groups(
-    rows: Iterable[Row],
-    report: DataReport,
-    notes: enc.Notes,
-    has_template: bool,
-    skip: bool,
-    reads: str,
-) -> Iterator[Group]:
-    for row in rows:
-        report.read += 1
-        try:
-            found = read_groups(row, has_template, reads)
-        except UserError as error:
-            if not skip:
-                raise
-            report.skip(error.what, str(error.where))
-            continue
-        first = found[0]
-        report.schemas.setdefault(first.schema, Tally()).add(row.where)
-        report.conversations += _is_chat(first.samples[0])
-        if first.identical:
-            report.identical.add(row.where)
-        for column in first.ignored:
-            report.ignored.setdefault(column, Tally()).add(row.where)
-        if first.ahead == 0:
-            report.drop(enc.TIE, row.where)
-        elif first.identical and reads == "rated":
-            report.drop(enc.SAME, row.where)
-        else:
-            if first.ahead is not None and first.ahead < 0:
-                notes.add(BEYOND, row.where)
-            yield from found
-
-
-def _is_chat(sample: Sample) -> bool:
-    return isinstance(sample, Conversation) or (
-        isinstance(sample, PromptRow) and not isinstance(sample.prompt, str)
-    )
-
-
-def _kept(
-    outcomes: list[enc.Outcome], report: DataReport, skip: bool, notes: enc.Notes
-) -> tuple[enc.Example, ...]:
-    """The examples of a group; none where one of its members is left out."""
-    kept = []
-    for outcome in outcomes:
-        if isinstance(outcome, enc.Example):
-            kept.append(outcome)
-        elif isinstance(outcome, enc.Dropped):
-            report.drop(outcome.reason, outcome.where)
-            return ()
-        elif skip:
-            report.skip(outcome.what, str(outcome.where))
-            return ()
-        else:
-            raise outcome
-    if len(kept) == 2 and not _differ(kept, report, notes):
-        return ()
-    return tuple(kept)
-
-
-def _differ(pair: list[enc.Example], report: DataReport, notes: enc.Notes) -> bool:
-    """Whether the sides of a pair differ, in what the model sees of them."""
-    chosen, rejected = pair
-    if np.array_equal(chosen.ids, rejected.ids):
-        cut = chosen.lost or rejected.lost
-        report.drop(enc.SAME_CUT if cut else enc.SAME, chosen.where)
-        return False
-    if not same_prompt((chosen, rejected)):
-        notes.add(
-            "the sides of a pair differ within a token of the prompt", chosen.where
-        )
-    return True
 
 
 def _take_over(reader: RowReader, report: DataReport) -> None:
@@ -331,7 +228,7 @@ def _check_pairs(report: DataReport, source: str) -> None:
         )
 
 
-def _nothing_left(report: DataReport, source: str) -> UserError:
+def nothing_left(report: DataReport, source: str) -> UserError:
     use = "train" if report.split == "train" else "evaluate"
     return UserError(
         f"nothing is left to {use} on",
@@ -341,20 +238,6 @@ def _nothing_left(report: DataReport, source: str) -> UserError:
         if {enc.NO_ROOM, enc.TOO_LONG, enc.SAME_CUT} & set(report.dropped)
         else "check that this is the right file",
     )
-
-
-def _check_ids(examples: list[enc.Example], vocab_size: int) -> None:
-    for example in examples:
-        if example.ids.min() < 0 or example.ids.max() >= vocab_size:
-            bad = (example.ids < 0) | (example.ids >= vocab_size)
-            place = int(bad.argmax())
-            raise UserError(
-                "a token id is outside the model's vocabulary",
-                where=f"{example.where}, token {place}",
-                expected=f"0 to {vocab_size - 1:,}",
-                got=str(int(example.ids[place])),
-                fix="use the tokenizer that belongs to the model",
-            )
 
 
 def _account(data: Dataset, report: DataReport, reads: str) -> np.ndarray:
@@ -382,7 +265,7 @@ def _hash(members: list[enc.Example]) -> int:
 
 
 def _warn(
-    report: DataReport, notes: enc.Notes, tokenizer: Tokenizer, first: enc.Example
+    report: DataReport, notes: Notes, tokenizer: Tokenizer, first: enc.Example
 ) -> None:
     warn = report.warnings.append
     no_room = report.dropped.get(enc.NO_ROOM, Tally())

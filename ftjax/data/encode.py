@@ -4,14 +4,14 @@ Which tokens are trained on is decided by position alone, never by id: a pad or 
 that occurs inside a text is a token like any other.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ftjax.data import chat
+from ftjax.data.notes import Notes, note_specials, single_bos, with_eos
 from ftjax.data.schema import (
     Conversation,
     PromptCompletion,
@@ -81,18 +81,6 @@ class Rules:
     completion_only: bool = True
     empty_completion: str = "drop"
     sized: bool = False
-
-
-@dataclass
-class Notes:
-    """Oddities that do not stop a run: how many rows, and the first place of each."""
-
-    count: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
-
-    def add(self, note: str, where: str) -> None:
-        self.count[note] += 1
-        self.first.setdefault(note, where)
 
 
 Outcome = Example | Dropped | UserError
@@ -217,7 +205,7 @@ def _encode_texts(
     found: list[_Ids | UserError] = []
     encoded = _encode_whole([r.text for r in rows], tokenizer, sized)
     for row, (raw, sizes) in zip(rows, encoded, strict=True):
-        _note_specials(row.text, row.where, tokenizer, notes)
+        note_specials(row.text, row.where, tokenizer, notes)
         ids, sizes = _complete(raw, sizes, row.where, tokenizer, notes)
         found.append(_Ids(ids, np.ones(len(ids), bool), 0, sizes=sizes))
     return found
@@ -232,8 +220,8 @@ def _encode_pairs(
     found: list[_Ids | UserError] = []
     tail = len(tokenizer.added[1])
     for row, prompt, (raw, sizes) in zip(rows, prompts, encoded, strict=True):
-        _note_specials(row.prompt, row.where, tokenizer, notes)
-        _note_specials(row.completion, row.where, tokenizer, notes)
+        note_specials(row.prompt, row.where, tokenizer, notes)
+        note_specials(row.completion, row.where, tokenizer, notes)
         prompt = tokenizer.single_bos(prompt[: len(prompt) - tail])
         ids, sizes = _complete(raw, sizes, row.where, tokenizer, notes)
         boundary = _common(prompt, ids)
@@ -266,8 +254,8 @@ def _complete(
     notes: Notes,
 ) -> tuple[list[int], np.ndarray | None]:
     """With one BOS at most, and with an EOS; the sizes alike."""
-    single = _single_bos(raw, where, tokenizer, notes)
-    ids = _with_eos(single, tokenizer)
+    single = single_bos(raw, where, tokenizer, notes)
+    ids = with_eos(single, tokenizer)
     if sizes is not None:
         sizes = sizes[len(raw) - len(single) :]
         sizes = np.pad(sizes, (0, len(ids) - len(single)))
@@ -289,7 +277,7 @@ def _encode_chats(
             found.append(result)
             continue
         for message in row.messages:
-            _note_specials(message["content"], row.where, tokenizer, notes)
+            note_specials(message["content"], row.where, tokenizer, notes)
         for note in dict.fromkeys(result.notes):
             notes.add(note, row.where)
         ids, offsets = next(encoded)
@@ -348,7 +336,7 @@ def _encode_prompts(
     found: list[_Ids | UserError] = []
     for row in rows:
         if isinstance(row.prompt, str):
-            _note_specials(row.prompt, row.where, tokenizer, notes)
+            note_specials(row.prompt, row.where, tokenizer, notes)
             ids = tokenizer.encode_prompt(row.prompt)
         else:
             text = next(rendered)
@@ -388,26 +376,3 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     if a[:limit] == b[:limit]:
         return limit
     return next(i for i in range(limit) if a[i] != b[i])
-
-
-def _single_bos(
-    ids: list[int], where: str, tokenizer: Tokenizer, notes: Notes
-) -> list[int]:
-    single = tokenizer.single_bos(ids)
-    if len(single) < len(ids):
-        notes.add("the text began with BOS itself: one was removed", where)
-    return single
-
-
-def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    if tokenizer.eos_id is None or (ids and ids[-1] == tokenizer.eos_id):
-        return ids
-    return [*ids, tokenizer.eos_id]
-
-
-def _note_specials(text: str, where: str, tokenizer: Tokenizer, notes: Notes) -> None:
-    text = text.removeprefix(tokenizer.bos_text) if tokenizer.bos_text else text
-    text = text.removesuffix(tokenizer.eos_text) if tokenizer.eos_text else text
-    match = tokenizer.special_pattern.search(text)
-    if match:
-        notes.add("text holds special tokens, which are encoded as such", where)

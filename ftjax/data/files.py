@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -51,8 +51,18 @@ class Faults:
 
 def json_lines(path: Path, faults: Faults, duplicates: list[tuple[str, str]]) -> Found:
     """Yields the object of each line; blank lines and a UTF-8 mark are passed over."""
+    return objects(_lines(path), path, faults, duplicates)
+
+
+def objects(
+    lines: Iterable[tuple[int, bytes, bool]],
+    path: Path,
+    faults: Faults,
+    duplicates: list[tuple[str, str]],
+) -> Found:
+    """As `json_lines`, of lines from anywhere: (number, bytes, whether it is whole)."""
     offset = 0
-    for number, line, whole in _lines(path):
+    for number, line, whole in lines:
         where = f"{path.name}:{number}"
         start, offset = offset, offset + len(line)
         if not whole:

@@ -29,11 +29,12 @@ from ftjax.errors import UserError
 READS = ("answers", "pairs", "rated", "mixed", "prompts")
 # Members of a group, and the numbers that come with one.
 MEMBERS = {"answers": 1, "pairs": 2, "rated": 2, "mixed": 2, "prompts": 1}
+KINDS = ("pair", "answer", "text")  # of the rows of a mixture
 VALUES: dict[str, tuple[str, ...]] = {
     "answers": (),
     "pairs": ("pair", "margin"),
     "rated": ("rated", "label"),
-    "mixed": ("pair", "answer", "text"),
+    "mixed": KINDS,
     "prompts": (),
 }
 
@@ -80,12 +81,12 @@ def read_groups(row: Row, has_template: bool, reads: str) -> list[Group]:
     if reads == "answers":
         return [_answer(row, has_template)]
     if reads == "mixed":
-        return [_pair(row, has_template) if is_pair else _answer(row, has_template)]
+        return [(pair_of if is_pair else _answer)(row, has_template)]
     if reads == "rated" and label is not None and not is_pair:
         return [_rated(row, label, has_template)]
     if not is_pair:
         raise preferences.no_pair(row, reads == "rated")
-    pair = _pair(row, has_template)
+    pair = pair_of(row, has_template)
     return _unpaired(pair) if reads == "rated" else [pair]
 
 
@@ -102,7 +103,12 @@ def _answer(row: Row, has_template: bool) -> Group:
     )
 
 
-def _pair(row: Row, has_template: bool) -> Group:
+def pair_of(row: Row, has_template: bool) -> Group:
+    """The pair of a row that holds both sides.
+
+    Raises:
+      UserError: the sides do not make a pair.
+    """
     columns = preferences.sides(row.values) or ()
     rated = preferences.scores(row)
     used = (*preferences.USED, *columns, *rated, "margin")

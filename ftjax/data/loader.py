@@ -6,20 +6,11 @@ from functools import lru_cache
 import numpy as np
 
 from ftjax.data.dataset import Dataset
-from ftjax.data.encode import Example
-from ftjax.data.groups import shared_prompt
+from ftjax.data.frame import Batch, Frame, Packed, prompt_places, slots
 from ftjax.data.order import permutation
 from ftjax.data.pack import fill, pack
 
 MULTIPLE = 32  # of row lengths, so that near lengths compile to one program
-
-Batch = dict[str, np.ndarray]
-
-
-def slots(example: Example, ends: bool = False) -> int:
-    """The places that an example takes in a row: its tokens but the last, which only
-    is a target; that one too, where a head reads it (`ends`)."""
-    return len(example.ids) - (not ends)
 
 
 def group_slots(dataset: Dataset) -> np.ndarray:
@@ -30,15 +21,11 @@ def group_slots(dataset: Dataset) -> np.ndarray:
 
 
 def prompt_slots(dataset: Dataset) -> np.ndarray:
-    """The places of each group's prompt, where that stands once: int64 [n], else 0.
-
-    The prompt's last token is no part of it: it stands at the head of each answer,
-    whose first token it predicts.
-    """
+    """The places of each group's prompt, where that stands once: int64 [n], else 0."""
     if not dataset.shared:
         return np.zeros(len(dataset.groups), np.int64)
-    members = [tuple(dataset.examples[i] for i in g) for g in dataset.groups]
-    return np.array([max(0, shared_prompt(pair) - 1) for pair in members], np.int64)
+    members = [[dataset.examples[i] for i in group] for group in dataset.groups]
+    return np.array([prompt_places(pair) for pair in members], np.int64)
 
 
 def row_length(*datasets: Dataset, max_length: int, packing: bool) -> int:
@@ -75,7 +62,6 @@ class Loader:
         self.dataset, self.length = dataset, length
         self.packing, self.seed, self.shuffle = packing, seed, shuffle
         lengths = group_slots(dataset)
-        self.prompts = prompt_slots(dataset)
         if len(lengths) == 0 or lengths.max() > length:
             longest = lengths.max(initial=0)
             raise ValueError(
@@ -139,42 +125,14 @@ class Loader:
             yield self._fill(groups, rows), groups
 
     def _fill(self, chosen: list[list[int]], rows: int) -> Batch:
-        names = ("tokens", "targets", "segments", "positions")
-        batch = {name: np.zeros((rows, self.length), np.int32) for name in names}
-        batch["weights"] = np.zeros((rows, self.length), np.float32)
-        values, shared = self.dataset.values, self.dataset.shared
-        stride = self.dataset.members + shared
-        if shared:
-            batch["parents"] = np.zeros((rows, self.length), np.int32)
-        batch |= {name: np.zeros((rows, self.most), np.float32) for name in values}
-        for row, groups in enumerate(chosen):
-            start = 0
-            for place, group in enumerate(groups):
-                for name, numbers in values.items():
-                    batch[name][row, place] = numbers[group]
-                indices, prompt = self.dataset.groups[group], int(self.prompts[group])
-                members = [self.dataset.examples[i] for i in indices]
-                segment = stride * place + 1
-                at = {name: array[row] for name, array in batch.items()}
-                if prompt:
-                    start = _write(at, start, members[0], slice(0, prompt), segment)
-                for m, example in enumerate(members, shared):
-                    part = slice(prompt, slots(example, self.dataset.ends))
-                    if prompt:
-                        at["parents"][start : start + part.stop - prompt] = segment
-                    start = _write(at, start, example, part, segment + m)
-        return batch
+        data = self.dataset
+        names, kind = tuple(data.values), (data.members, data.ends, data.shared)
+        frame = Frame(self.length, self.most, names, *kind)
+        return frame.arrays(
+            [[self._packed(group) for group in groups] for groups in chosen], rows
+        )
 
-
-def _write(row: Batch, start: int, example: Example, part: slice, segment: int) -> int:
-    """Writes some places of an example into a row; returns where the next begin."""
-    first, size = part.start, part.stop - part.start
-    end, predicted = start + size, min(part.stop, len(example.ids) - 1) - first
-    row["tokens"][start:end] = example.ids[part]
-    targets = slice(first + 1, first + 1 + predicted)
-    counts = example.trained if example.weights is None else example.weights
-    row["targets"][start : start + predicted] = example.ids[targets]
-    row["weights"][start : start + predicted] = counts[targets]
-    row["segments"][start:end] = segment
-    row["positions"][start:end] = np.arange(first, part.stop)
-    return end
+    def _packed(self, group: int) -> Packed:
+        data = self.dataset
+        numbers = {name: float(array[group]) for name, array in data.values.items()}
+        return numbers, [data.examples[index] for index in data.groups[group]]

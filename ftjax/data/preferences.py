@@ -34,6 +34,33 @@ def sides(values: dict[str, Any]) -> tuple[str, str] | None:
     return next((pair for pair in SIDES if set(pair) <= given), None)
 
 
+def half(values: dict[str, Any]) -> str | None:
+    """The side that a row has without the other, `chosen` or `rejected`, or None."""
+    given = {name for name, value in values.items() if value is not None}
+    alone = given & set(SIDES[0])
+    if len(alone) != 1 or given & {"completion", "messages", "text"}:
+        return None
+    return alone.pop()
+
+
+def before(row: Row, side: str) -> Messages:
+    """The messages before the answer of a half that has no column for its prompt.
+
+    Raises:
+      UserError: the half is a text, so nobody knows what it answers.
+    """
+    messages = _side(row, side)
+    if not isinstance(messages, str):
+        return messages[:-1]
+    raise UserError(
+        f"`{side}` alone does not say what it answers",
+        where=row.where,
+        expected="a `prompt`",
+        got=f"columns {quoted(row.values)}",
+        fix="add the prompt, or put both answers into one row",
+    )
+
+
 def rating(values: dict[str, Any]) -> str | None:
     """The column that says whether an answer is good, or None."""
     given = {name for name, value in values.items() if value is not None}

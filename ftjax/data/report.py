@@ -42,6 +42,9 @@ class DataReport:
       conversations: rows that went through the chat template.
       ignored: columns that were not used, with the rows that have them.
       identical: pairs whose accepted and rejected text are the same.
+      joined: pairs made of halves in different rows; imitated: chosen answers that
+        found no rejected one, and are imitated.
+      kinds: of what is kept of a mixture: pairs, answers and texts.
       lengths: tokens of each kept example; tokens, trained: their sums.
       rows: (rows an epoch, slots a row, share of slots filled), once a loader exists.
       warnings: sentences for the reader.
@@ -62,6 +65,9 @@ class DataReport:
     conversations: int = 0
     ignored: dict[str, Tally] = field(default_factory=dict)
     identical: Tally = field(default_factory=Tally)
+    joined: int = 0
+    imitated: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tokens: int = 0
     trained: int = 0
@@ -113,6 +119,11 @@ class DataReport:
             for name, t in self.schemas.items()
         ]
         rows.append(("rows kept", f"{self.kept:,}"))
+        rows += [(f"  kept as {name}", f"{n:,}") for name, n in self.kinds.items() if n]
+        if self.joined:
+            rows.append(("  pairs joined", f"{self.joined:,}, of halves apart"))
+        if self.imitated:
+            rows.append(("  chosen alone", f"{self.imitated:,}, to imitate"))
         rows += [(f"  dropped, {r}", str(t)) for r, t in self.dropped.items()]
         rows += [
             (f"  skipped, {clip(r, 100)}", str(t)) for r, t in self.skipped.items()

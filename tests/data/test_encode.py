@@ -11,11 +11,11 @@ from ftjax.data.encode import (
     NOTHING,
     TOO_LONG,
     Dropped,
-    Notes,
     Rules,
     encode,
     encode_all,
 )
+from ftjax.data.notes import Notes
 from ftjax.data.schema import Conversation, PromptCompletion, TextRow, TokenRow
 from ftjax.errors import UserError
 from tests.data.conftest import chat_row, fault_of
