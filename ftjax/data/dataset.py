@@ -121,9 +121,8 @@ def build_dataset(
         rows = _spread(list(reader), data_config.eval_rows)
     has_template = tokenizer.template is not None
     joiner = Joiner(window_of(data_config), has_template, reads, report)
-    skip = data_config.on_bad_row == "skip"
-    groups = read_all(rows, joiner, report, notes, skip)
-    kept = list(encoded(groups, Encoding(tokenizer, data_config, report, notes)))
+    how = Encoding(tokenizer, data_config, report, notes)
+    kept = list(encoded(read_all(rows, joiner, report, notes, how.skip), how))
     report.kept = len(kept)
     kept = in_windows(kept, data_config, report)
     _take_over(reader, report)
