@@ -6,6 +6,7 @@ from typing import Any
 
 from ftjax import console
 from ftjax.metrics import METRICS, read_rows
+from ftjax.objectives.tasks import task_of
 from ftjax.prepare import Prepared, Shape, trainable_rows
 
 PLACES = (METRICS, "loss.png", "report.html", "checkpoints", "adapter")
@@ -56,12 +57,13 @@ def evaluation(step: int, found: dict[str, float], shown: Sequence[str]) -> str:
     return f"eval at step {step}: " + ", ".join(parts)
 
 
-def result(workdir: Path, steps: int, chat: bool) -> dict[str, Any]:
+def result(workdir: Path, task: str, steps: int, chat: bool) -> dict[str, Any]:
     """What `--json` prints of a run, read from its own metrics."""
     rows = read_rows(workdir / METRICS)
     evals = [row for row in rows if row["split"] == "eval"]
     train = [row for row in rows if row["split"] == "train"]
-    found: dict[str, Any] = {"workdir": str(workdir), "steps": steps, "chat": chat}
+    found: dict[str, Any] = {"workdir": str(workdir), "task": task, "steps": steps}
+    found["chat"] = chat
     if train:
         found |= {"loss": train[-1]["loss"], "tokens": train[-1]["tokens"]}
         found["seconds"] = train[-1]["time"]
@@ -88,5 +90,9 @@ def ending(found: dict[str, Any]) -> str:
         lines.append(f"eval loss {before:.4f} -> {after:.4f}")
     lines.append(console.table(list(map(list, found["files"].items()))))
     use = "chat with it" if found["chat"] else "continue text with it"
-    lines.append(f"{use}: python -m ftjax.generate --workdir={found['workdir']}")
+    use += f": python -m ftjax.generate --workdir={found['workdir']}"
+    if task_of(found["task"]).head:
+        use = f"score with it: python -m ftjax.evaluate --workdir={found['workdir']}"
+        use += " --to=scores --data=FILE --out=FILE"
+    lines.append(use)
     return "\n".join(lines)

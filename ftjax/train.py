@@ -165,7 +165,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                     )
                 clock.restart()
         finish(folder, base, shape, state, frozen, checkpoints, origin)
-        return describe.result(folder.path, steps, meta["chat"])
+        return describe.result(folder.path, config.task, steps, meta["chat"])
 
 
 class Look:
@@ -269,7 +269,7 @@ def finish(
         plan = shape.method.lora
         if origin is not None and plan is not None:
             learned = beyond(trained["lora"], plan, origin)
-            trained, plan = {"lora": learned.lora}, learned.plan
+            trained, plan = {**trained, "lora": learned.lora}, learned.plan
             say(f"adapter/ is one of {base.name} as it is published")
             if shape.formats:
                 say("without what rounding took of it: export --to=pair keeps all")
