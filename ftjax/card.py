@@ -44,9 +44,10 @@ def reward_facts(policy: Policy, library: str) -> dict[str, str]:
         "rows": rows,
     }
     if library == "peft":
-        settings = "BASE, num_labels=1" + (f", pad_token_id={pad}" if pad else "")
+        settings = "" if pad is None else f", pad_token_id={pad}"
         found["loads over"] = (
-            f"AutoModelForSequenceClassification.from_pretrained({settings})"
+            "AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1"
+            f"{settings})"
         )
     return found
 
