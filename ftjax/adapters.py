@@ -19,6 +19,8 @@ from jax.sharding import Mesh
 from ftjax.checkpoints.peft_others import Adapter, load_any
 from ftjax.checkpoints.peft_saved import with_saved
 from ftjax.errors import UserError
+from ftjax.loading import place_head
+from ftjax.methods.heads import SCORE
 from ftjax.methods.lora import LoraPlan, lora_axes
 from ftjax.methods.several import Update, combine
 from ftjax.models.decoder import Decoder
@@ -67,6 +69,8 @@ class Chosen:
         if self.adapter and self.adapter.saved:
             saved, where = self.adapter.saved, f"--adapter: {self.names[0]}"
             found["params"] = with_saved(base["params"], saved, spec, where)
+        if self.adapter and self.adapter.head is not None:
+            found[SCORE] = place_head(self.adapter.head, spec, mesh)
         return found
 
 
@@ -117,12 +121,13 @@ def updates(known: Known, names: Sequence[str]) -> list[Update | None]:
     found: list[Update | None] = []
     for name in names:
         one = known[name]
-        if one is not None and (one.plan is None or one.saved):
+        whole = (*one.saved, *([SCORE] if one.head is not None else [])) if one else ()
+        if one is not None and (one.plan is None or whole):
             got = f"an adapter of kind {one.kind}"
             raise UserError(
                 "only low-rank adapters can be added, scaled, switched or chosen from",
                 where=f"--adapter: {name}",
-                got=f"{got}, with {min(one.saved)}" if one.saved else got,
+                got=f"{got}, with {min(whole)}" if whole else got,
                 fix="use it alone",
             )
         found.append(Update(one.tree, one.plan) if one and one.plan else None)

@@ -38,6 +38,7 @@ from ftjax.errors import UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.scores import score_rows
 from ftjax.loading import Base, load_base
+from ftjax.methods.heads import SCORE
 from ftjax.objectives.distill import TEACHER
 from ftjax.objectives.tasks import task_of
 from ftjax.policy import Policy, open_policy
@@ -197,6 +198,13 @@ def measure(
     frozen: Any = {}
     if what.head and what.head not in policy.variables:
         raise _no_head(policy, what.head)
+    if SCORE in policy.variables and not what.head:
+        raise UserError(
+            "a reward model is measured by its own task, or gives scores",
+            where=policy.label,
+            got=f"the task {task}",
+            fix="--config=configs/reward.py, or --to=scores --out=FILE",
+        )
     objective = what.make(policy.model, loss)
     if what.reference is not None:
         frozen = _reference(what.reference, policy, loader, loss, mesh, rows)

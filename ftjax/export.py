@@ -10,6 +10,9 @@ A quantized base is dequantized before the update is added, and the sum is writt
 bits: rounding it again to a few may lose what was learned. `--requantize` does so, and
 measures what changes.
 
+A reward model's adapter is PEFT's SEQ_CLS, and merged it is transformers'
+...ForSequenceClassification.
+
 Both with tokenizer, chat template and generation config. The folder appears whole or
 not at all, and nothing is ever overwritten.
 """
@@ -26,9 +29,10 @@ import jax.numpy as jnp
 from absl import flags
 
 from ftjax import cli
-from ftjax.card import adapter_facts, model_card
+from ftjax.card import adapter_facts, model_card, reward_facts
 from ftjax.checkpoints import gguf
 from ftjax.checkpoints.folder import refuse_existing, write_folder
+from ftjax.checkpoints.heads import reward_config
 from ftjax.checkpoints.hf import save_params
 from ftjax.checkpoints.peft_others import (
     KINDS,
@@ -43,6 +47,7 @@ from ftjax.data.tokenizer import FILES
 from ftjax.errors import UserError
 from ftjax.loading import Base, public_name
 from ftjax.merged import kinds, measure_change, merged_params, tell_change, tree_reader
+from ftjax.methods.heads import SCORE
 from ftjax.methods.quant import Plan, plan_quant
 from ftjax.methods.residual import beyond
 from ftjax.models.proj import find_sites
@@ -205,7 +210,8 @@ def write_adapter(out: Path, policy: Policy) -> None:
             fix="--to=merged writes the whole model",
         )
     tree, saved, sites = variables[kind], policy.saved, find_sites(policy.model)
-    if (why := idle(kind, tree, policy.origin)) and not saved:
+    whole = saved or SCORE in variables
+    if (why := idle(kind, tree, policy.origin)) and not whole:
         raise UserError(
             f"the adapter changes nothing: {why}",
             where=policy.label,
@@ -218,7 +224,7 @@ def write_adapter(out: Path, policy: Policy) -> None:
             got=reason,
             fix="--to=merged writes the whole model" if kind not in NEW else None,
         )
-    facts = adapter_facts(kind, tree, plan)
+    facts = adapter_facts(kind, tree, plan) | reward_facts(policy, "peft")
     if "quant" in variables:
         # LoftQ's update holds the error of the codes: over floats it is no use.
         facts["trained over"] = f"the base as {kinds(variables['quant'])}"
@@ -261,7 +267,7 @@ def write_merged(
     found: dict[str, Any] = {}
     if "quant" in policy.variables:
         found["base"] = f"dequantized ({kinds(policy.variables['quant'])})"
-    params = merged_params(policy)
+    params = merged_params(policy, head=not plan)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
     parent = next(p for p in out.absolute().parents if p.exists())
     require_space(parent, numbers * jnp.dtype(dtype).itemsize, "the merged model")
@@ -275,7 +281,8 @@ def write_merged(
             )
             facts["quantized"] = ", ".join(sorted({str(f) for f in plan.values()}))
         else:
-            save_params(folder, params, base.spec, config=base.config, dtype=dtype)
+            _save_floats(folder, policy, params, dtype)
+            facts |= reward_facts(policy, "transformers")
         if "base" in found:
             facts["base, before the merge"] = found["base"]
         write_rest(folder, policy, facts, "transformers")
@@ -285,6 +292,15 @@ def write_merged(
     write_folder(out, fill)
     tell_change(found)
     return found
+
+
+def _save_floats(folder: Path, policy: Policy, params: Any, dtype: str) -> None:
+    """The weights, and a reward model's head, in one model."""
+    base, head = policy.base, policy.variables.get(SCORE)
+    config = base.config
+    if head is not None:
+        config = reward_config(config, base.spec, base.pad_id)
+    save_params(folder, params, base.spec, config=config, dtype=dtype, head=head)
 
 
 def write_gguf(out: Path, policy: Policy, kind: str) -> dict[str, Any]:

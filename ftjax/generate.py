@@ -21,6 +21,7 @@ from ftjax.adapters import names_of
 from ftjax.console import printable, say
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.errors import UserError
+from ftjax.methods.heads import SCORE
 from ftjax.policy import Policy, open_policy
 from ftjax.rollout import Completion, Generator, Sampling
 from ftjax.switch import Switch, each_row_its_own, parse_use
@@ -73,6 +74,7 @@ def main(args: flags.FlagValues) -> dict[str, Any] | None:
         weights=args.weights,
         note=_note,
     )
+    refuse_reward(policy)
     chat = is_chat(args.template, policy)
     talks = args.prompt is None and sys.stdin.isatty()
     prompts = [] if talks else _prompts(args)
@@ -108,6 +110,17 @@ def main(args: flags.FlagValues) -> dict[str, Any] | None:
         say(printable(result["text"] if chat else result["prompt"] + result["text"]))
         result |= {"adapter": names[uses[i]]} if uses else {}
     return results[0] if len(results) == 1 else {**results[0], "results": results}
+
+
+def refuse_reward(policy: Policy) -> None:
+    """A reward model judges answers; what it would write means nothing."""
+    if SCORE in policy.variables:
+        raise UserError(
+            "a reward model gives scores and writes nothing",
+            where=policy.label,
+            expected="a language model, or a run of another task",
+            fix="python -m ftjax.evaluate --to=scores --data=FILE --out=FILE, of it",
+        )
 
 
 def _continue(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ftjax.checkpoints.heads import NAME, read_head
 from ftjax.checkpoints.hf import (
     Weights,
     find_model,
@@ -23,6 +24,7 @@ from ftjax.checkpoints.jsonfile import inside
 from ftjax.data.tokenizer import FILES as TOKENIZER_FILES
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError, require_regular
+from ftjax.methods.heads import SCORE, head_part
 from ftjax.methods.quant import Plan, abstract_quant, quant_axes, without
 from ftjax.methods.residual import Change
 from ftjax.models.config_reader import say
@@ -30,7 +32,7 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.names import Path as LeafPath
 from ftjax.models.presets import PRESETS
 from ftjax.models.proj import abstract_params, find_sites, params_axes, put
-from ftjax.models.registry import spec_from_config
+from ftjax.models.registry import is_reward, spec_from_config
 from ftjax.models.spec import ModelSpec
 from ftjax.quant.qtensor import QTensor
 from ftjax.sharding import shard_tree
@@ -59,6 +61,13 @@ class Base:
     eos_ids: tuple[int, ...]
     weights: Weights | None
 
+    @property
+    def pad_id(self) -> int | None:
+        """A token that fills up a row and ends no answer; None if there is none."""
+        known = (self.tokenizer.pad, self.config.get("pad_token_id"))
+        good = [i for i in known if isinstance(i, int) and i >= 0]
+        return next((i for i in good if i not in self.eos_ids), None)
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 over the tensors as they are stored: names, shapes, bytes; read once.
@@ -69,7 +78,9 @@ class Base:
         """
         if self.weights is None:
             return ""
-        tensors = self.weights.tensors
+        tensors = dict(self.weights.tensors)
+        if self.weights.head is not None:
+            tensors[NAME] = self.weights.head
 
         def digest(name: str) -> str:
             tensor = tensors[name]
@@ -87,6 +98,7 @@ def open_base(
     chat_template: str = "",
     *,
     weights: bool = True,
+    reward: bool = False,
     note: Note = say,
 ) -> Base:
     """Finds a model and checks its configuration, tensors, tokenizer and vocabulary.
@@ -96,6 +108,7 @@ def open_base(
       revision: of a name on the Hub.
       chat_template: a Jinja file instead of the tokenizer's own.
       weights: whether there must be weights; a run from scratch needs none.
+      reward: whether a reward model will do: it has a score, and no logits.
       note: told, once each, what is worth knowing about the files.
 
     Raises:
@@ -105,11 +118,14 @@ def open_base(
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         require_regular(inside(folder, name, named_by=str(folder)))
     config = read_config(folder)
-    spec = spec_from_config(config, str(folder / CONFIG), note=note)
+    spec = spec_from_config(config, str(folder / CONFIG), reward=reward, note=note)
     found = None
     if weights:
         stored = config.get("quantization_config")
-        found = open_weights(folder, spec, quantization=stored, note=note)
+        scorer = is_reward(config)
+        found = open_weights(
+            folder, spec, quantization=stored, reward=scorer, note=note
+        )
         spec = found.spec
     tokenizer = load_tokenizer(folder, chat_template)
     check_vocab(spec, tokenizer.vocab_size, str(folder))
@@ -145,6 +161,8 @@ def load_base(
 ) -> dict[str, PyTree]:
     """{'params': ..., 'quant': ...}: on their devices, split by their logical axes.
 
+    And 'score', the head of a reward model.
+
     Args:
       dtype: of what stays floating point.
       dtypes: of single leaves, by path, instead.
@@ -175,9 +193,18 @@ def load_base(
 
     how = {"dtype": jnp.dtype(dtype).name, "dtypes": dtypes, "changes": changes}
     params = load_params(base.weights, put=place, formats=plan, note=note, **how)
-    if not plan:
-        return {"params": params}
-    return {"params": without(params, plan), "quant": quant}
+    found = {"params": params}
+    if plan:
+        found = {"params": without(params, plan), "quant": quant}
+    if base.weights.head is not None:
+        found[SCORE] = place_head(read_head(base.weights.head, note), base.spec, mesh)
+    return found
+
+
+def place_head(head: Any, spec: ModelSpec, mesh: Mesh) -> PyTree:
+    """The head of a reward model on its devices."""
+    part = head_part(spec.d_model)
+    return jax.device_put(head, shard_tree(part.shapes, part.axes, mesh))
 
 
 def public_name(base: Base) -> str:

@@ -19,6 +19,7 @@ from ftjax.errors import UserError
 from ftjax.evals.change import change
 from ftjax.evaluate import read_batches
 from ftjax.loading import load_base, open_base
+from ftjax.methods.heads import SCORE
 from ftjax.methods.ia3 import merge_ia3
 from ftjax.methods.lora import merge
 from ftjax.methods.quant import dequantize
@@ -31,13 +32,18 @@ from ftjax.quant.qtensor import QTensor
 from ftjax.sharding import batch_sharding, make_mesh
 
 
-def merged_params(policy: Policy) -> Any:
+def merged_params(policy: Policy, *, head: bool = False) -> Any:
     """The weights that a policy computes with, dense, in one tree.
+
+    Args:
+      policy: a base with what was learned.
+      head: whether that of a reward model has a place beside them.
 
     Raises:
       UserError: it has learned something that is no weight.
     """
     others = policy.variables.keys() - {"params", "quant", "lora", "vera", "ia3"}
+    others -= {SCORE} if head else set()
     if others:
         raise UserError(
             "what was learned does not fit into the weights of the model",

@@ -43,7 +43,8 @@ class Policy:
     """A model that is ready to be applied: `model.apply(variables, ...)`.
 
     Attributes:
-      variables: {'params': ...}, and the collection of an adapter, such as 'lora'.
+      variables: {'params': ...}, the collection of an adapter, such as 'lora', and
+        'score', the head of a reward model.
       plan: of a LoRA adapter, or None.
       label: what this is, for people: model, run, step.
       max_positions: of a row, behind the virtual tokens if there are any.
@@ -111,7 +112,7 @@ def open_policy(
     if workdir and not any(adapters):
         return _open_run(workdir, weights, dtype, mesh, note)
     if not workdir:
-        base = open_base(model, note=note)
+        base = open_base(model, reward=True, note=note)
         return _open_model(base, adapters, dtype, mesh, note)
     config = read_run_config(workdir)
     if config["method"]["name"] == "full":

@@ -291,7 +291,7 @@ def finish(
         plan = shape.method.lora
         if origin is not None and plan is not None:
             learned = beyond(trained["lora"], plan, origin)
-            trained, plan = {"lora": learned.lora}, learned.plan
+            trained, plan = {**trained, "lora": learned.lora}, learned.plan
             say(f"adapter/ is one of {base.name} as it is published")
             if shape.formats:
                 say("without what rounding took of it: export --to=pair keeps all")

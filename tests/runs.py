@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import sft
+from configs import reward, sft
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.loading import load_base, open_base
 from ftjax.methods.dora import with_magnitudes
@@ -25,6 +25,7 @@ def make_run(
     model: Path,
     *,
     method: str = "lora",
+    task: str = "sft",
     steps: tuple[tuple[int, float | None], ...] = ((10, None),),
     data: str = "",
     zero: bool = False,
@@ -34,6 +35,7 @@ def make_run(
     """A run of `method` on `model` with random weights at each of `steps`.
 
     Args:
+      task: 'sft', or 'reward', whose head is random too.
       steps: (step, eval loss) of each checkpoint.
       data: what it says it was trained on.
       zero: leaves `b` of LoRA at zero.
@@ -41,7 +43,8 @@ def make_run(
       values: of the method, such as `rank`.
     """
     folder.mkdir(parents=True)
-    config = sft.get_config(f"model={model},method={method}")
+    configs = {"sft": sft, "reward": reward}
+    config = configs[task].get_config(f"model={model},method={method}")
     config.data.train = data
     config.method.update(values)
     settings = json.loads(json.dumps(config.to_dict()))
@@ -50,6 +53,9 @@ def make_run(
     saved = Checkpoints(folder / "checkpoints", keep_last=9, report=print)
     for step, loss in steps:
         trained = _trained(base, settings["method"], 0 if zero else step)
+        if task == "reward":
+            w_D = np.random.default_rng(step).normal(size=base.spec.d_model)
+            trained["score"] = {"w": jnp.asarray(w_D, jnp.float32)}
         state = {"step": jnp.asarray(step), "trained": trained}
         saved.save(step, state, {"base_hash": base.hash, "chat": chat}, loss)
     return folder

@@ -22,6 +22,7 @@ import numpy as np
 
 from ftjax.checkpoints.files import find_tensors, listed
 from ftjax.checkpoints.fill import fill
+from ftjax.checkpoints.heads import split_head, without_logits
 from ftjax.checkpoints.hf_save import DTYPES, save_params
 from ftjax.checkpoints.hub import find_model
 from ftjax.checkpoints.jsonfile import inside, read_json
@@ -80,6 +81,7 @@ class Weights:
       dtype: in which most floats are stored, as the format names it ('BF16').
       packed: the weights that are stored quantized, by name.
       formats: theirs, by the path of the projection.
+      head: of a reward model; the spec is then that of a model without logits.
     """
 
     folder: Path
@@ -88,6 +90,7 @@ class Weights:
     dtype: str
     packed: dict[str, Packed] = field(default_factory=dict)
     formats: dict[LeafPath, Format] = field(default_factory=dict)
+    head: Tensor | None = None
 
 
 def open_weights(
@@ -95,6 +98,7 @@ def open_weights(
     spec: ModelSpec,
     *,
     quantization: dict[str, Any] | None = None,
+    reward: bool = False,
     note: Note = say,
 ) -> Weights:
     """Checks every file and tensor of a checkpoint against `spec`; reads headers only.
@@ -103,6 +107,7 @@ def open_weights(
 
     Args:
       quantization: the `quantization_config` of config.json, if it has one.
+      reward: it is a reward model: it has a head of its own, and no other.
       note: told what is worth knowing about the files.
 
     Raises:
@@ -111,12 +116,26 @@ def open_weights(
     """
     tensors = find_tensors(folder, note)
     tensors = {n: t for n, t in tensors.items() if not IGNORABLE.search(n)}
+    head = None
+    if reward:
+        spec = without_logits(spec)
+        tensors, head = split_head(folder, spec, tensors)
     spec, tensors = _settle_head(folder, spec, tensors, note)
     weights = model_weights(spec)
     packed, formats = find_packed(folder, weights, tensors, quantization, note)
     wanted = {name: weight for weight in weights.values() for name in weight.names}
     floats = {n: t for n, t in tensors.items() if not _is_part(n, packed)}
     _check_names(folder, {n: w for n, w in wanted.items() if n not in packed}, floats)
+    _check_floats(floats, wanted)
+    sizes: Counter[str] = Counter()
+    for tensor in floats.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    stored = sizes.most_common(1)[0][0]
+    return Weights(folder, spec, tensors, stored, packed, formats, head)
+
+
+def _check_floats(floats: Mapping[str, Tensor], wanted: Mapping[str, Weight]) -> None:
+    """Every tensor that is not quantized holds floats, in its published shape."""
     for name, tensor in floats.items():
         if tensor.dtype not in FLOATS:
             raise UserError(
@@ -134,11 +153,6 @@ def open_weights(
                 got=str(tensor.shape),
                 fix="use the config.json that was published with these weights",
             )
-    sizes: Counter[str] = Counter()
-    for tensor in floats.values():
-        sizes[tensor.dtype] += tensor.nbytes
-    stored = sizes.most_common(1)[0][0]
-    return Weights(folder, spec, tensors, stored, packed, formats)
 
 
 def _is_part(name: str, packed: Mapping[str, Packed]) -> bool:

@@ -1,7 +1,7 @@
 """A tree of arrays out to the Hugging Face layout: config.json and safetensors."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from ftjax.checkpoints.files import INDEX, SINGLE
+from ftjax.checkpoints.heads import head_entry, without_logits
 from ftjax.checkpoints.tensors import Entry, write_tensors
 from ftjax.models.names import Weight, model_weights
 from ftjax.models.spec import ModelSpec
@@ -26,6 +27,7 @@ def save_params(
     *,
     config: dict[str, Any],
     dtype: str,
+    head: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes `config.json` and safetensors with the published names and shapes.
@@ -39,9 +41,14 @@ def save_params(
       config: the model's configuration; its dtype and tied flag are set to what is
         written, and code of the original's own (`auto_map`) is not referred to.
       dtype: 'float32' or 'bfloat16'.
+      head: of a reward model, in place of the one of logits; see `heads`.
       max_shard_bytes: begins a new file beyond this; a larger tensor has its own.
     """
-    write_shards(folder, _entries(params, spec), DTYPES[dtype], max_shard_bytes)
+    if head is None:
+        entries = list(_entries(params, spec))
+    else:
+        entries = [*_entries(params, without_logits(spec)), head_entry(head)]
+    write_shards(folder, entries, DTYPES[dtype], max_shard_bytes)
     write_config(folder, config, spec, dtype)
 
 

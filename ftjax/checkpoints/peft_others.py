@@ -20,9 +20,12 @@ from ftjax.checkpoints import peft
 from ftjax.checkpoints.jsonfile import inside, read_json
 from ftjax.checkpoints.peft_config import CONFIG, read_config, refuse, targeted
 from ftjax.checkpoints.peft_saved import (
+    SEQ_CLS,
     Saved,
     saved_config,
     saved_entries,
+    scored_entries,
+    take_head,
     take_saved,
 )
 from ftjax.checkpoints.peft_tensors import nothing_left, take
@@ -30,6 +33,7 @@ from ftjax.checkpoints.peft_vera import FIXED as VERA_FIXED
 from ftjax.checkpoints.peft_vera import vera_in, vera_out
 from ftjax.checkpoints.tensors import Entry, Tensor, write_tensors
 from ftjax.errors import UserError
+from ftjax.methods.heads import SCORE
 from ftjax.methods.lora import LoraPlan
 from ftjax.methods.residual import unmoved
 from ftjax.methods.several import Update
@@ -67,6 +71,7 @@ class Adapter:
       base_name: of the model it was trained on, as it says.
       base_hash: of that model's weights, or None if another program wrote the adapter.
       saved: weights of the base in their new state, by their published names.
+      head: of a reward model, {'w': [D]}; None of any other.
     """
 
     kind: str
@@ -75,6 +80,7 @@ class Adapter:
     base_name: str
     base_hash: str | None
     saved: Saved = field(default_factory=dict)
+    head: Any = None
 
     @property
     def virtual(self) -> int:
@@ -94,10 +100,11 @@ def why_unsaved(
 ) -> str:
     """Why PEFT has no files for these; empty where it has, or there is no adapter."""
     kind = adapter_kind(variables)
-    if kind is None or not saved:
+    if kind is None or not (saved or SCORE in variables):
         return ""
     if kind not in WITH_WEIGHTS:
-        return f"PEFT's files of {KINDS[kind]} have no place for weights of the base"
+        what = "weights of the base" if saved else "the head of a reward model"
+        return f"PEFT's files of {KINDS[kind]} have no place for {what}"
     for path, site in sites.items():
         both = {f"{name}.weight" for name in site_names(site)} & set(saved)
         if both and _at(variables[kind], path):
@@ -134,30 +141,33 @@ def save_any(
 
     Args:
       folder: is made if it is missing; without an adapter in it yet.
-      variables: with one of `KINDS`.
+      variables: with one of `KINDS`, and the head of a reward model if it is one.
       plan: of a LoRA adapter.
       sites: of the model.
       base_name: written as `base_model_name_or_path`.
       base_hash: of the base's weights, kept in the header of the tensors.
       saved: published names of weights of the base that belong to it.
-      spec: of the model, where there are any.
+      spec: of the model, where there are any, or a head.
     """
     kind = adapter_kind(variables)
     if kind is None:
         raise ValueError(f"no adapter among {sorted(variables)}")
-    tree, entries = variables[kind], []
-    if saved and spec:
+    tree, entries, task = variables[kind], list[Entry](), dict[str, Any]()
+    if spec and SCORE in variables:
+        head, task = variables[SCORE], {"task_type": SEQ_CLS}
+        entries = scored_entries(head, variables["params"], saved, spec)
+    elif spec and saved:
         entries = saved_entries(variables["params"], saved, spec)
     if kind == "lora":
         if plan is None:
             raise ValueError("a LoRA adapter is saved with its plan")
-        more = saved_config(entries, tie=bool(spec and spec.tied))
+        more = saved_config(entries, tie=bool(spec and spec.tied)) | task
         peft.save_adapter(folder, tree, plan, base_name, base_hash, entries, more)
         return
     by_site = {"ia3": _ia3_out, "vera": vera_out}
     write = by_site[kind] if kind in by_site else partial(_prompt_out, kind)
     tensors, own = write(tree, sites)
-    own |= saved_config(entries) | {"base_model_name_or_path": base_name}
+    own |= saved_config(entries) | task | {"base_model_name_or_path": base_name}
     entries += [Entry(n, x.shape, partial(np.asarray, x)) for n, x in tensors.items()]
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"} | ({peft.HASH_KEY: base_hash} if base_hash else {})
@@ -233,8 +243,11 @@ def load_any(folder: FilePath, sites: Mapping[Path, Site], spec: ModelSpec) -> A
             raise refuse(where, key, given, repr(value))
     if kind not in WITH_WEIGHTS and config.get("modules_to_save"):
         raise refuse(where, "modules_to_save", config["modules_to_save"], "None")
-    tensors = peft.read_tensors(folder)
-    saved = take_saved(config, tensors, spec, folder)
+    tensors, head = peft.read_tensors(folder), None
+    body = spec
+    if kind in WITH_WEIGHTS:
+        config, body, head = take_head(config, tensors, spec, folder)
+    saved = take_saved(config, tensors, body, folder)
     if kind == "vera":
         tree = vera_in(config, tensors, sites, where)
     elif kind == "ia3":
@@ -243,7 +256,7 @@ def load_any(folder: FilePath, sites: Mapping[Path, Site], spec: ModelSpec) -> A
         tree = _prompt_in(kind, config, tensors, spec, folder)
     base_hash = peft.read_metadata(folder / peft.TENSORS).get(peft.HASH_KEY)
     base_name = str(config.get("base_model_name_or_path") or "")
-    return Adapter(kind, tree, None, base_name, base_hash, saved)
+    return Adapter(kind, tree, None, base_name, base_hash, saved, head)
 
 
 def _load_lora(
@@ -251,11 +264,11 @@ def _load_lora(
 ) -> Adapter:
     config, tensors = read_config(folder), peft.read_tensors(folder)
     left = dict(tensors)
-    saved = take_saved(config, left, spec, folder)
+    config, body, head = take_head(config, left, spec, folder)
+    saved = take_saved(config, left, body, folder)
     found = peft.load_adapter(folder, sites, tensors.keys() - left.keys())
-    return Adapter(
-        "lora", found.lora, found.plan, found.base_name, found.base_hash, saved
-    )
+    about = (found.base_name, found.base_hash)
+    return Adapter("lora", found.lora, found.plan, *about, saved, head)
 
 
 def _ia3_in(

@@ -6,6 +6,7 @@ comes in with the two parted is refused, since here they are one weight.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from ftjax.checkpoints import peft
+from ftjax.checkpoints.heads import NAME, head_entry, without_logits
 from ftjax.checkpoints.hf_save import Host
 from ftjax.checkpoints.peft_config import CONFIG, refuse
 from ftjax.checkpoints.peft_tensors import take
@@ -23,6 +25,8 @@ from ftjax.models.spec import ModelSpec
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Saved = Mapping[str, np.ndarray]  # published name -> as stored
+SEQ_CLS = "SEQ_CLS"  # the task of an adapter of a reward model
+HEADS = ("classifier", "score")  # what PEFT saves of every model of that task
 
 
 def module_of(name: str) -> str:
@@ -32,7 +36,7 @@ def module_of(name: str) -> str:
 
 def saved_entries(params: Any, names: Collection[str], spec: ModelSpec) -> list[Entry]:
     """The weights of these published names, to be written; a tied head among them."""
-    entries = []
+    entries: list[Entry] = []
     for path, weight in model_weights(spec).items():
         wanted = [i for i, name in enumerate(weight.names) if name in names]
         if not wanted:
@@ -57,6 +61,43 @@ def saved_config(entries: Collection[Entry], tie: bool = False) -> dict[str, Any
     names = [entry.name.removeprefix(peft.PREFIX) for entry in entries]
     modules = {"modules_to_save": sorted({module_of(name) for name in names})}
     return modules | ({"ensure_weight_tying": True} if tie and HEAD in names else {})
+
+
+def scored_entries(
+    head: Mapping[str, Any], params: Any, names: Collection[str], spec: ModelSpec
+) -> list[Entry]:
+    """The same of a reward model, which has a score in place of the logits' head."""
+    body = without_logits(spec)
+    own = {weight for path in model_weights(body).values() for weight in path.names}
+    entries = saved_entries(params, own & set(names), replace(spec, tied=False))
+    return [*entries, head_entry(head, peft.PREFIX)]
+
+
+def take_head(
+    config: Mapping[str, Any],
+    left: dict[str, Tensor],
+    spec: ModelSpec,
+    folder: FilePath,
+) -> tuple[dict[str, Any], ModelSpec, dict[str, np.ndarray] | None]:
+    """The configuration, and the model, of the rest of an adapter; and its head.
+
+    A reward model's adapter has the score whole, and nothing of the head of logits.
+
+    Raises:
+      UserError: there is none although its task is that of reward models, or it gives
+        more than one number.
+    """
+    modules = config.get("modules_to_save")
+    named = isinstance(modules, list) and "score" in modules
+    if not named and config.get("task_type") != SEQ_CLS:
+        return dict(config), spec, None
+    w_1D = take(left, f"{peft.PREFIX}{NAME}", (1, spec.d_model), folder)
+    rest = [m for m in modules if m not in HEADS] if isinstance(modules, list) else None
+    return (
+        {**config, "modules_to_save": rest},
+        replace(spec, tied=False),
+        {"w": w_1D[0]},
+    )
 
 
 def take_saved(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from ftjax.methods.parts import Method, Part, PyTree, Row
 from ftjax.weights import Array
 
+SCORE = "score"  # the collection of a reward model; transformers' name of its head
+
 
 def with_head(method: Method, d_model: int, name: str) -> Method:
     """The method, and a head `name` (a collection of its own): {'w': float32 [D]}.
@@ -16,7 +18,7 @@ def with_head(method: Method, d_model: int, name: str) -> Method:
     It begins at zero, so that every reward is 0 and no preference is built in.
     transformers draws it at random.
     """
-    part = Part({"w": jax.ShapeDtypeStruct((d_model,), jnp.float32)}, {"w": ("embed",)})
+    part = head_part(d_model)
 
     def init(base: PyTree, seed: int) -> PyTree:
         head = {"w": jnp.zeros((d_model,), jnp.float32)}
@@ -29,6 +31,11 @@ def with_head(method: Method, d_model: int, name: str) -> Method:
         init=init,
         rows=rows if method.rows else [],
     )
+
+
+def head_part(d_model: int) -> Part:
+    """The shape and the axes of a head."""
+    return Part({"w": jax.ShapeDtypeStruct((d_model,), jnp.float32)}, {"w": ("embed",)})
 
 
 def read_head(hidden_BTD: Array, head: Any) -> Array:

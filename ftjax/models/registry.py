@@ -67,6 +67,8 @@ CHANGES_THE_MATHS: dict[str, tuple[Any, ...]] = {
     "vision_config": (),
 }
 
+SCORER = "ForSequenceClassification"  # transformers' name of a reward model
+
 # What a `quantization_config` may name: `checkpoints/quantized.py` reads it.
 QUANT_METHODS = {
     "bitsandbytes": "nf4, fp4, int8",
@@ -96,19 +98,24 @@ HARMLESS = {
 
 
 def spec_from_config(
-    config: dict[str, Any], where: str, *, note: Callable[[str], None] = say
+    config: dict[str, Any],
+    where: str,
+    *,
+    reward: bool = False,
+    note: Callable[[str], None] = say,
 ) -> ModelSpec:
     """The `ModelSpec` of a published configuration.
 
     Args:
       config: the contents of a `config.json`.
       where: the file, named in errors.
+      reward: whether a reward model will do; see `is_reward`.
       note: told once of keys that ftjax does not know, and of code that is not run.
 
     Raises:
       UserError: for an architecture, a key or a value that ftjax does not compute.
     """
-    family = _family(config, where)
+    family = _family(config, where, reward)
     reader = ConfigReader(config, where)
     spec = family.spec(reader)
     unknown = []
@@ -137,6 +144,18 @@ def quant_method(config: Any) -> str | None:
     return method if isinstance(method, str) else None
 
 
+def scorer_of(family: str) -> str:
+    """The architecture of a reward model over a family."""
+    return FAMILIES[family].ARCHITECTURE.replace("ForCausalLM", SCORER)
+
+
+def is_reward(config: dict[str, Any]) -> bool:
+    """Whether a configuration is that of a classifier, such as a reward model."""
+    names = config.get("architectures")
+    names = names if isinstance(names, list) else []
+    return any(str(name).endswith(SCORER) for name in names)
+
+
 def token_ids(config: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
     """Token ids from a key that may hold one id, several, or none.
 
@@ -152,24 +171,30 @@ def token_ids(config: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(item for item in ids if item >= 0))
 
 
-def _family(config: dict[str, Any], where: str) -> ModuleType:
+def _family(config: dict[str, Any], where: str, reward: bool) -> ModuleType:
     """The family by `model_type`, or by `architectures` where that is absent."""
     names = config.get("architectures")
     names = [str(n) for n in names] if isinstance(names, list) else []
     model_type = config.get("model_type")
     if model_type is None:
         wanted = {f.ARCHITECTURE: t for t, f in FAMILIES.items()}
+        wanted |= {scorer_of(t): t for t in FAMILIES} if reward else {}
         model_type = next((wanted[n] for n in names if n in wanted), None)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise _unknown_architecture(config, where, names)
     family = FAMILIES[model_type]
-    if names and family.ARCHITECTURE not in names:
+    known = {family.ARCHITECTURE} | ({scorer_of(model_type)} if reward else set())
+    if names and not known & set(names):
+        scorer = is_reward(config)
         raise UserError(
             f"{', '.join(names)} is not a causal language model that ftjax reads",
             where=f"{where}: architectures",
             expected=f"{family.ARCHITECTURE} for model_type {model_type}",
             got=", ".join(names),
-            fix="use the checkpoint with its language-model head",
+            fix="begin with a language model; this one is for ftjax.evaluate"
+            " --to=scores"
+            if scorer
+            else "use the checkpoint with its language-model head",
         )
     return family
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from ftjax.losses.reward import extremes, metrics, reward
 from ftjax.losses.sums import Sums
-from ftjax.methods.heads import read_head
+from ftjax.methods.heads import SCORE, read_head
 from ftjax.models.decoder import Decoder, hidden_and_head
 from ftjax.objectives import rows
 from ftjax.step import Objective
 from ftjax.weights import Array
 
 PyTree = Any
-HEAD = "score"  # transformers' name of the head
+HEAD = SCORE  # what this task trains beside a method
 
 
 def reward_model(model: Decoder, config: Any) -> Objective:
