@@ -33,6 +33,7 @@ NOT_EMPTY = Range("a name or a path", bool)
 
 # Counters and seeds are 32-bit integers; a larger float is soon infinite in 32 bits.
 LARGEST: dict[type, float] = {bool: 1, int: 2**31 - 1, float: 1e30}
+WHOLE_BATCH = ("kto", "aot", "aot_unpaired")  # losses
 COMPARING = ("dpo", "orpo", "kto", "cpo", "simpo", "reward")  # tasks
 METHODS = ("lora", "vera", "full", "freeze", "bottleneck", "ia3", "prompt", "prefix")
 
@@ -43,6 +44,7 @@ def one_of(*values: str) -> Range:
 
 RULES: dict[str, Range] = {
     "seed": AT_LEAST_0,
+    "parallel": one_of("jit", "pmap"),
     "model.path": NOT_EMPTY,
     "model.dtype": one_of("auto", "float32", "bfloat16"),
     "model.param_dtype": one_of("auto", "float32", "bfloat16"),
@@ -142,6 +144,7 @@ def validate(config: Any) -> None:
             )
     _contradictions(config)
     _check_loss(config)
+    _check_parallel(config)
     _check_optimizer(config)
 
 
@@ -214,6 +217,28 @@ def _check_loss(config: Any) -> None:
             where="config.loss.divergence, config.loss.beta",
             expected="beta above 0 and below 1; or forward_kl, reverse_kl",
             got=f"divergence=js_divergence, beta={loss.beta}",
+        )
+
+
+def _check_parallel(config: Any) -> None:
+    if config.parallel != "pmap":
+        return
+    if config.mesh.fsdp != 1:
+        raise UserError(
+            "pmap keeps all weights on every device, fsdp a part of them on each",
+            where="config.parallel, config.mesh.fsdp",
+            expected="fsdp=1, or parallel=jit",
+            got=f"parallel=pmap, fsdp={config.mesh.fsdp}",
+            fix="--config.parallel=jit",
+        )
+    types = str(config.loss.get("type", "")).split(",")
+    if whole := [name.strip() for name in types if name.strip() in WHOLE_BATCH]:
+        raise UserError(
+            "this loss looks at all rows at once, and pmap shows a device its own",
+            where="config.parallel, config.loss.type",
+            expected="parallel=jit",
+            got=f"parallel=pmap, type={', '.join(whole)}",
+            fix="--config.parallel=jit",
         )
 
 

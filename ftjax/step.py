@@ -74,13 +74,19 @@ def init_state(
 
 
 def make_train_step(
-    objective: Objective, tx: optax.GradientTransformation
+    objective: Objective, tx: optax.GradientTransformation, axis: str | None = None
 ) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, Array]]]:
     """The step of an objective and an optimizer.
 
     `batch` leaves are [k, rows, ...]: k micro-batches, whose gradients are added up in
     float32. An update from a non-finite gradient, or from no trained token at all, is
     left out and counted in `state.skipped`.
+
+    Args:
+      objective: what is minimised.
+      tx: the optimizer.
+      axis: a mapped axis over which the rows of a batch are split, and added up; None
+        where one program has them all.
     """
 
     def step(
@@ -88,8 +94,13 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         at = gradient_point(state.opt_state, state.trained)
-        totals = objective.totals(batch)
+        totals, weight = objective.totals(batch), jnp.sum(batch["weights"])
+        if axis:
+            totals, weight = jax.lax.psum((totals, weight), axis)
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         sums, grads = sum_micro_batches(objective, totals, at, frozen, batch, key)
+        if axis:
+            sums, grads = sums.over(axis), jax.lax.psum(grads, axis)
         loss, norm = mean_loss(sums, totals), optax.tree.norm(grads)
         some = sum(totals.values()) > 0
         good = jnp.isfinite(norm) & jnp.isfinite(loss) & some
@@ -104,7 +115,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             **sums.metrics(),
-            "weight": jnp.sum(batch["weights"]),
+            "weight": weight,
             "grad_norm": norm,
             "skipped": skipped,
         }

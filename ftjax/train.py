@@ -26,14 +26,14 @@ from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
 from ftjax.loading import Base, public_name
-from ftjax.loop import Clock, compile_step, on_mesh, run_steps, stored_rows
+from ftjax.loop import Clock, compile_step, map_step, on_mesh, run_steps, stored_rows
 from ftjax.methods.freeze import trained_names
 from ftjax.metrics import MetricLog
 from ftjax.models.proj import find_sites
 from ftjax.objectives.tasks import task_of
 from ftjax.optim import make_optimizer, make_schedule
 from ftjax.prepare import Prepared, Shape, load_variables, prepare
-from ftjax.reference import add_reference, make_objective
+from ftjax.reference import add_reference, plan_objective, with_teacher
 from ftjax.report import write_report
 from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding
@@ -77,7 +77,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             say(f"changed since the run began: {change}")
         c, ready = config.train, prepare(config)
         mesh, base, data, steps = ready.mesh, ready.base, ready.data, ready.steps
-        shape = ready.shape
+        shape, aim = ready.shape, plan_objective(config, ready)
         say(describe.plan(config, ready))
 
         checkpoints = Checkpoints(
@@ -106,8 +106,13 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             state = checkpoints.restore(first, state)
             done = first >= steps
             say(f"{'done already:' if done else 'continuing after'} step {first}")
-        objective, frozen = make_objective(config, ready, frozen)
-        step_fn = compile_step(objective, tx, state)
+        objective, frozen = aim.objective, with_teacher(aim, ready, frozen)
+        by_map = config.parallel == "pmap"
+        step_fn = (
+            map_step(objective, tx, mesh)
+            if by_map
+            else compile_step(objective, tx, state)
+        )
         rate = make_schedule(config.optim, steps)
 
         def due(step: int, every: int) -> bool:
@@ -130,7 +135,8 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                 look.sample(0, state.trained)
                 meta["best"] = look.evaluate(0, state.trained)
             clock = Clock(steps - first, meta["seconds"])
-            source = stored_rows(data.loader, c.batch_size, c.accumulate)
+            parts = mesh.size if by_map else 0
+            source = stored_rows(data.loader, c.batch_size, c.accumulate, parts)
             for step, values, now in run_steps(
                 step_fn, state, frozen, source, steps, mesh, pause
             ):

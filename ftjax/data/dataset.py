@@ -13,6 +13,7 @@ from ftjax.data.groups import (
     MEMBERS,
     VALUES,
     Group,
+    both_ways,
     mismatched,
     read_groups,
     refuse_no_signal,
@@ -333,6 +334,8 @@ def _account(data: Dataset, report: DataReport, reads: str) -> np.ndarray:
     report.lost = sum(e.lost for e in examples)
     hashes = np.array([_hash(members) for members in groups], np.uint64)
     report.duplicates = len(hashes) - len(np.unique(hashes))
+    if torn := both_ways(data.values, hashes):
+        report.warnings.append(f"answers that are rated both good and bad: {torn:,}")
     return hashes
 
 
