@@ -103,6 +103,7 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: the devices that are left
     c.mesh.fsdp = 1
+    c.parallel = "jit"  # pmap: all weights on every device
 
     c.log = ConfigDict()
     c.log.tensorboard = True

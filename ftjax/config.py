@@ -7,6 +7,7 @@ from ftjax.errors import UserError
 from ftjax.optimizers import settings
 from ftjax.ranges import LARGEST, RULES
 
+WHOLE_BATCH = ("kto", "aot", "aot_unpaired")  # losses
 COMPARING = ("dpo", "orpo", "kto", "cpo", "simpo", "reward")  # tasks
 
 
@@ -35,6 +36,7 @@ def validate(config: Any) -> None:
     _contradictions(config)
     _check_init(config)
     _check_loss(config)
+    _check_parallel(config)
     _check_optimizer(config)
     if "rollout" in config:
         _check_rollouts(config)
@@ -147,6 +149,36 @@ def _check_loss(config: Any) -> None:
             where="config.loss.divergence, config.loss.beta",
             expected="beta above 0 and below 1; or forward_kl, reverse_kl",
             got=f"divergence=js_divergence, beta={loss.beta}",
+        )
+
+
+def _check_parallel(config: Any) -> None:
+    if config.parallel != "pmap":
+        return
+    if config.mesh.fsdp != 1:
+        raise UserError(
+            "pmap keeps all weights on every device, fsdp a part of them on each",
+            where="config.parallel, config.mesh.fsdp",
+            expected="fsdp=1, or parallel=jit",
+            got=f"parallel=pmap, fsdp={config.mesh.fsdp}",
+            fix="--config.parallel=jit",
+        )
+    if "rollout" in config or config.data.get("stream"):
+        raise UserError(
+            "pmap trains on rows that are stored: not on rollouts, not on a stream",
+            where="config.parallel",
+            expected="parallel=jit",
+            got="parallel=pmap",
+            fix="--config.parallel=jit",
+        )
+    types = str(config.loss.get("type", "")).split(",")
+    if whole := [name.strip() for name in types if name.strip() in WHOLE_BATCH]:
+        raise UserError(
+            "this loss looks at all rows at once, and pmap shows a device its own",
+            where="config.parallel, config.loss.type",
+            expected="parallel=jit",
+            got=f"parallel=pmap, type={', '.join(whole)}",
+            fix="--config.parallel=jit",
         )
 
 

@@ -14,23 +14,26 @@ from ftjax.sharding import batch_sharding, put_batch, replicated
 from ftjax.step import Objective, TrainState, compile_lean, make_train_step
 
 PyTree = Any
+DEVICES = "devices"  # the axis of `map_step`
 # (step, the state before it) -> its batch, leaves [k, rows, ...], k micro-batches
 Source = Callable[[int, TrainState], Batch]
 
 
-def stored_rows(loader: Loader, rows: int, k: int) -> Source:
+def stored_rows(loader: Loader, rows: int, k: int, devices: int = 0) -> Source:
     """The batches of a data set: a function of the step alone.
 
     Args:
       loader: of the rows.
       rows: of an optimizer step.
       k: micro-batches that it is cut into.
+      devices: above 0, each of these into so many parts (see `map_step`).
     """
+    split = (k, devices, rows // k // devices) if devices else (k, rows // k)
 
     def batch(step: int, state: TrainState) -> Batch:
         del state
         whole = loader.batch(step * rows, rows)
-        return {n: x.reshape(k, rows // k, *x.shape[1:]) for n, x in whole.items()}
+        return {n: x.reshape(*split, *x.shape[1:]) for n, x in whole.items()}
 
     return batch
 
@@ -71,6 +74,24 @@ def compile_step(objective: Objective, tx: Any, state: TrainState) -> Any:
     step = make_train_step(objective, tx)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return compile_lean(jitted)
+
+
+def map_step(objective: Objective, tx: Any, mesh: Mesh) -> Any:
+    """The step by `pmap`: every device has all weights, and a part of the rows.
+
+    State and weights go in and come out as they are, replicated, so that nothing else
+    of a run knows of it; batches are [k, devices, rows, ...].
+    """
+    step = make_train_step(objective, tx, DEVICES)
+    mapped = jax.pmap(
+        step,
+        DEVICES,
+        in_axes=(None, None, 1),
+        out_axes=None,
+        devices=list(mesh.devices.flat),
+        donate_argnums=0,
+    )
+    return compile_lean(mapped)
 
 
 def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:

@@ -73,7 +73,8 @@ def prepare(config: Any) -> Prepared:
         config.data.chat_template,
         weights=not config.model.from_scratch,
     )
-    shape = prepare_shape(config, base, mesh)
+    # A mapped step has no mesh inside: each device sees its own rows.
+    shape = prepare_shape(config, base, None if config.parallel == "pmap" else mesh)
     room = base.spec.max_positions - virtual_count(shape.method)
     data = prepare_data(config, base, room)
     steps = total_steps(config, data.rows)

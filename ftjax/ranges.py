@@ -41,6 +41,7 @@ def one_of(*values: str) -> Range:
 
 RULES: dict[str, Range] = {
     "seed": AT_LEAST_0,
+    "parallel": one_of("jit", "pmap"),
     "model.path": NOT_EMPTY,
     "model.dtype": one_of("auto", "float32", "bfloat16"),
     "model.param_dtype": one_of("auto", "float32", "bfloat16"),

@@ -9,6 +9,7 @@ never a second model in memory. A teacher is one, of its own size.
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,29 +82,47 @@ def add_reference(
         put_reference(loader, np.load(path, allow_pickle=False))
 
 
-def make_objective(
-    config: Any, ready: Prepared, frozen: PyTree
-) -> tuple[Objective, PyTree]:
-    """The objective of a run, and what is frozen: with the teacher, if it has one.
+@dataclass(frozen=True)
+class Aim:
+    """What a run trains for, before any weight is read.
+
+    `teacher` is the other model that the objective looks at, if it has one.
+    """
+
+    objective: Objective
+    teacher: Base | None = None
+
+
+def plan_objective(config: Any, ready: Prepared) -> Aim:
+    """The objective of a run.
 
     Raises:
-      UserError: a teacher with another vocabulary, or none at all.
+      UserError: a loss that cannot be; a teacher or a reference with another
+        vocabulary, or no teacher at all.
     """
-    task, model = task_of(config.task), ready.shape.model
+    task, model, loss = task_of(config.task), ready.shape.model, config.loss
+    if loss.get("reference", "base") != "base":
+        open_other(loss.reference, ready.base, "config.loss.reference")
     if task.guided is None:
-        return task.make(model, config.loss), frozen
-    if not config.loss.teacher:
+        return Aim(task.make(model, loss))
+    if not loss.teacher:
         raise UserError(
             "there is no teacher",
             where="config.loss.teacher",
             expected="a checkpoint, a preset or a Hub name",
             fix="--config.loss.teacher=DIR",
         )
-    other = open_other(config.loss.teacher, ready.base, "config.loss.teacher")
-    weights = load_base(other, ready.shape.param_dtype, ready.mesh)
-    teacher = Decoder(other.spec, dtype=ready.shape.dtype, mesh=ready.mesh)
-    objective = task.guided(model, teacher, config.loss)
-    return objective, {**frozen, TEACHER: weights}
+    other = open_other(loss.teacher, ready.base, "config.loss.teacher")
+    teacher = Decoder(other.spec, dtype=ready.shape.dtype, mesh=model.mesh)
+    return Aim(task.guided(model, teacher, loss), other)
+
+
+def with_teacher(aim: Aim, ready: Prepared, frozen: PyTree) -> PyTree:
+    """What is frozen, with the weights of the teacher, if there is one."""
+    if aim.teacher is None:
+        return frozen
+    weights = load_base(aim.teacher, ready.shape.param_dtype, ready.mesh)
+    return {**frozen, TEACHER: weights}
 
 
 def open_other(name: str, base: Base, key: str) -> Base:

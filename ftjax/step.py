@@ -74,13 +74,19 @@ def init_state(
 
 
 def make_train_step(
-    objective: Objective, tx: optax.GradientTransformation
+    objective: Objective, tx: optax.GradientTransformation, axis: str | None = None
 ) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, Array]]]:
     """The step of an objective and an optimizer.
 
     `batch` leaves are [k, rows, ...]: k micro-batches, whose gradients are added up in
     float32. An update from a non-finite gradient, or from no trained token at all, is
     left out and counted in `state.skipped`.
+
+    Args:
+      objective: what is minimised.
+      tx: the optimizer.
+      axis: a mapped axis over which the rows of a batch are split, and added up; None
+        where one program has them all.
     """
 
     def step(
@@ -89,10 +95,15 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         at = gradient_point(state.opt_state, state.trained)
         totals = objective.totals(batch)
+        count = jnp.sum((batch["weights"] != 0).astype(jnp.float32))
+        if axis:
+            totals, count = jax.lax.psum((totals, count), axis)
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         sums, grads = sum_micro_batches(objective, totals, at, frozen, batch, key)
+        if axis:
+            sums, grads = sums.over(axis), jax.lax.psum(grads, axis)
         loss, norm = mean_loss(sums, totals), optax.tree.norm(grads)
-        some = sum(totals.values()) > 0
-        good = jnp.isfinite(norm) & jnp.isfinite(loss) & some
+        good = jnp.isfinite(norm) & jnp.isfinite(loss) & (sum(totals.values()) > 0)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = jax.tree.map(_add, state.trained, updates)
         trained, opt_state = jax.tree.map(
@@ -104,7 +115,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             **sums.metrics(),
-            "trained": jnp.sum((batch["weights"] != 0).astype(jnp.float32)),
+            "trained": count,
             "grad_norm": norm,
             "skipped": skipped,
         }

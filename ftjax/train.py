@@ -26,7 +26,7 @@ from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
 from ftjax.loading import Base, public_name
-from ftjax.loop import Clock, compile_step, on_mesh, run_steps, stored_rows
+from ftjax.loop import Clock, compile_step, map_step, on_mesh, run_steps, stored_rows
 from ftjax.methods.freeze import trained_names
 from ftjax.methods.residual import beyond
 from ftjax.methods.several import Update
@@ -35,7 +35,7 @@ from ftjax.models.proj import find_sites
 from ftjax.objectives.tasks import task_of
 from ftjax.optim import make_optimizer, make_schedule
 from ftjax.prepare import Prepared, Shape, load_variables, prepare
-from ftjax.reference import add_reference, make_objective
+from ftjax.reference import add_reference, plan_objective, with_teacher
 from ftjax.report import write_report
 from ftjax.rl.player import shown_table
 from ftjax.rl.rollouts import Rollouts
@@ -82,7 +82,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             say(f"changed since the run began: {change}")
         c, ready = config.train, prepare(config)
         mesh, base, data, steps = ready.mesh, ready.base, ready.data, ready.steps
-        shape = ready.shape
+        shape, aim = ready.shape, plan_objective(config, ready)
         say(describe.plan(config, ready))
 
         checkpoints = Checkpoints(
@@ -111,9 +111,14 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             state = checkpoints.restore(first, state)
             done = first >= steps
             say(f"{'done already:' if done else 'continuing after'} step {first}")
+        objective, frozen = aim.objective, with_teacher(aim, ready, frozen)
+        by_map = config.parallel == "pmap"
+        step_fn = (
+            map_step(objective, tx, mesh)
+            if by_map
+            else compile_step(objective, tx, state)
+        )
         game = open_rollouts(config, ready, frozen)
-        objective, frozen = make_objective(config, ready, frozen)
-        step_fn = compile_step(objective, tx, state)
         rate = make_schedule(config.optim, steps)
 
         def due(step: int, every: int) -> bool:
@@ -139,7 +144,8 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                 look.sample(0, state.trained)
                 meta["best"] = look.evaluate(0, state.trained)
             clock = Clock(steps - first, meta["seconds"])
-            stored = stored_rows(data.loader, c.batch_size, c.accumulate)
+            parts = mesh.size if by_map else 0
+            stored = stored_rows(data.loader, c.batch_size, c.accumulate, parts)
             source = game.batch if game else stored
             for step, values, now in run_steps(
                 step_fn, state, frozen, source, steps, mesh, pause

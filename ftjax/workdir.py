@@ -28,6 +28,7 @@ CHANGEABLE = (
     "train.max_skipped",
     "train.keep_*",
     "mesh.*",
+    "parallel",
     "log.*",
 )
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,6 +1,7 @@
 """Three optimizer steps equal those of torch, transformers and PEFT, per method."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,20 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import dpo as dpo_config
+from configs import orpo as orpo_config
 from ftjax.checkpoints.hf import load_params, open_weights
+from ftjax.data.dataset import Dataset
+from ftjax.data.encode import Example
+from ftjax.data.loader import Loader
+from ftjax.data.report import DataReport
 from ftjax.methods.lora import init_lora, plan_lora
 from ftjax.models.decoder import Decoder
 from ftjax.models.names import model_weights
 from ftjax.models.proj import find_sites, put, site_names
 from ftjax.models.registry import spec_from_config
 from ftjax.objectives.causal import causal
+from ftjax.objectives.dpo import dpo, pair_logps
+from ftjax.objectives.orpo import KINDS, orpo
 from ftjax.optim import make_optimizer
-from ftjax.step import init_state, make_train_step
-from tests.goldens import make_steps
+from ftjax.reference import put_reference, reference_sums
+from ftjax.sharding import make_mesh, replicated
+from ftjax.step import Objective, init_state, make_train_step
+from tests.goldens import make_preference_steps, make_steps
 from tests.goldens.weights import random_tensor, write_random
 from tests.models_small import split
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens/steps.json").read_text())
+FILE = Path(__file__).parent / "goldens/preference_steps.json"
+PREFERENCES = json.loads(FILE.read_text())
 LENGTH = 20
 
 
@@ -101,10 +114,60 @@ def stored(method: str, trained: Any, model: Decoder, plan: Any) -> dict[str, An
     return found
 
 
+def pairs() -> Dataset:
+    """The golden pairs; both sides begin with the prompt."""
+    examples = []
+    for prompt, *answers in make_preference_steps.pairs():
+        for answer in answers:
+            ids = np.array([*prompt, *answer], np.int32)
+            trained = np.arange(len(ids)) >= len(prompt)
+            examples.append(Example(ids, trained, "golden"))
+    count = len(examples) // 2
+    return Dataset(
+        examples,
+        DataReport("golden", "train", 64),
+        groups=[(2 * i, 2 * i + 1) for i in range(count)],
+        values={name: np.full(count, name == "pair", np.float32) for name in KINDS},
+        members=2,
+    )
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("task", ["dpo", "orpo"])
+def test_preference_steps_equal_torch(task: str, method: str, tmp_path: Path) -> None:
+    """In packed rows, in two micro-batches; full DPO with numbers known before."""
+    model, params = base(tmp_path)
+    config = {"dpo": dpo_config, "orpo": orpo_config}[task].get_config().loss
+    config.update(chunk=8, beta=make_preference_steps.BETA)
+    made = {"dpo": dpo, "orpo": orpo}[task](model, config)
+    loader = Loader(pairs(), length=64, packing=True, seed=0, shuffle=False)
+    if task == "dpo" and method == "full":
+        mesh, say = make_mesh(), partial(pair_logps, model)
+        whole = jax.device_put({"params": params}, replicated(mesh))
+        put_reference(loader, reference_sums(say, whole, loader, config, mesh, 4))
+    rows = next(loader.epoch(4))
+    halves = {k: x.reshape(2, 2, *x.shape[1:]) for k, x in rows.items()}
+    golden = PREFERENCES["tasks"][task][method]
+    check_steps(model, params, method, made, halves, golden)
+
+
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_steps_equal_torch(method: str, micro: int, tmp_path: Path) -> None:
     model, params = base(tmp_path)
+    made, golden = causal(model, chunk=8), GOLDEN["methods"][method]
+    check_steps(model, params, method, made, batch(micro), golden)
+
+
+def check_steps(
+    model: Decoder,
+    params: Any,
+    method: str,
+    objective: Objective,
+    batch: Any,
+    golden: Any,
+) -> None:
+    """Some steps on one batch give the losses, norms and weights of torch."""
     plan, lora = known_lora(model)
     trained, frozen = split(method, {"params": params}, lora)
     optim = SimpleNamespace(
@@ -118,13 +181,12 @@ def test_steps_equal_torch(method: str, micro: int, tmp_path: Path) -> None:
     )
     tx = make_optimizer(optim, make_steps.STEPS)
     state = init_state(trained, tx, seed=0)
-    step = jax.jit(make_train_step(causal(model, chunk=8), tx))
+    step = jax.jit(make_train_step(objective, tx))
     losses, norms = [], []
     for _ in range(make_steps.STEPS):
-        state, metrics = step(state, frozen, batch(micro))
+        state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
-    golden = GOLDEN["methods"][method]
     np.testing.assert_allclose(losses, golden["loss"], rtol=2e-5)
     np.testing.assert_allclose(norms, golden["grad_norm"], rtol=2e-5)
     ours = stored(method, state.trained, model, plan)

@@ -179,6 +179,28 @@ def test_four_devices_give_the_losses_of_one(
     np.testing.assert_allclose(four, one, rtol=1e-4)
 
 
+def test_a_mapped_run_is_a_run_on_a_mesh(
+    tiny_llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    """And continues from its own checkpoint."""
+    fixed = (
+        "--config.optim.schedule=constant",
+        "--config.train.accumulate=2",
+        "--config.train.batch_size=8",
+    )
+    by_map = (*fixed, "--config.parallel=pmap")
+    meshed, mapped = tmp_path / "meshed", tmp_path / "mapped"
+    train(tiny_llama, rows, meshed, *fixed, devices=4).ok()
+    first = (*by_map, "--config.train.steps=3")
+    train(tiny_llama, rows, mapped, *first, devices=4).ok()
+    train(tiny_llama, rows, mapped, *by_map, devices=4).ok()
+    one, other = history(meshed), history(mapped)
+    assert [row["step"] for row in one] == [row["step"] for row in other]
+    for key in ("loss", "tokens"):
+        values = [[row[key] for row in run if key in row] for run in (other, one)]
+        np.testing.assert_allclose(values[0], values[1], rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_packed_and_unpacked_rows_have_the_same_loss(
     method: str, tiny_llama: Path, rows: Path, tmp_path: Path

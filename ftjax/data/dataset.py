@@ -14,6 +14,7 @@ from ftjax.data.groups import (
     MEMBERS,
     VALUES,
     Encoded,
+    both_ways,
     mismatched,
     refuse_no_signal,
 )
@@ -252,6 +253,8 @@ def _account(data: Dataset, report: DataReport, reads: str) -> np.ndarray:
     report.lost = sum(e.lost for e in examples)
     hashes = np.array([_hash(members) for members in groups], np.uint64)
     report.duplicates = len(hashes) - len(np.unique(hashes))
+    if torn := both_ways(data.values, hashes):
+        report.warnings.append(f"answers that are rated both good and bad: {torn:,}")
     return hashes
 
 

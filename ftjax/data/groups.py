@@ -213,6 +213,14 @@ def same_prompt(pair: tuple[Example, ...]) -> bool:
     return n == m and bool((chosen.ids[:n] == rejected.ids[:n]).all())
 
 
+def both_ways(values: dict[str, np.ndarray], hashes: np.ndarray) -> int:
+    """Answers that are rated good in one row and bad in another."""
+    if "label" not in values:
+        return 0
+    good = values["label"] > 0
+    return len(np.intersect1d(hashes[good], hashes[~good]))
+
+
 def refuse_no_signal(source: str, reads: str, values: dict[str, np.ndarray]) -> None:
     """Answers that are all good, or all bad, teach nothing about the difference.
 

@@ -18,6 +18,8 @@ from ftjax.losses.f_divergence import SCORES
 from ftjax.losses.pairs import Pairs, Scalar, logp_metrics, reward_metrics
 from ftjax.weights import Array
 
+ROUNDING = 2.0**-20  # of log-probabilities summed in float32
+
 
 class Options(NamedTuple):
     """What a loss of `LOSSES` reads of the config; numbers may be traced."""
@@ -42,7 +44,11 @@ def sigmoid(delta: Array, *, beta: Scalar, label_smoothing: Scalar = 0.0) -> Arr
 def metrics(pairs: Pairs, *, beta: Scalar) -> dict[str, Array]:
     """Per pair, under TRL's names: rewards beta log p / p_ref, whatever the loss."""
     rewards = (beta * pairs.chosen_ratio, beta * pairs.rejected_ratio)
-    return reward_metrics(*rewards) | logp_metrics(pairs.chosen, pairs.rejected)
+    # Policy and reference are two passes, which XLA may round differently even where
+    # the weights are the same: so small a difference is a tie.
+    sizes = sum(jnp.abs(x) for x in pairs[:4])
+    noise = ROUNDING * beta * sizes
+    return reward_metrics(*rewards, noise) | logp_metrics(pairs.chosen, pairs.rejected)
 
 
 def length_desensitized(position: Array, shared: Array, alpha: Scalar) -> Array:

@@ -45,15 +45,22 @@ def per_token(total: Array, tokens: Array) -> Array:
     return total / jnp.maximum(tokens, 1)
 
 
-def reward_metrics(chosen: Array, rejected: Array) -> dict[str, Array]:
+def reward_metrics(
+    chosen: Array, rejected: Array, noise: Scalar = 0.0
+) -> dict[str, Array]:
     """Per pair, of the implicit rewards, under the names of TRL 1.16; no gradient.
 
     `rewards/accuracies` is strict: it is 0 where both rewards are the same, as they are
     before the first step. `rewards/accuracies_fair` counts a tie as one half.
+
+    Args:
+      chosen: reward of the chosen completion.
+      rejected: of the rejected one.
+      noise: rewards that differ by no more are the same.
     """
-    chosen, rejected = jax.lax.stop_gradient((chosen, rejected))
-    ahead = (chosen > rejected).astype(chosen.dtype)
-    level = (chosen == rejected).astype(chosen.dtype)
+    chosen, rejected, noise = jax.lax.stop_gradient((chosen, rejected, noise))
+    ahead = (chosen - rejected > noise).astype(chosen.dtype)
+    level = (jnp.abs(chosen - rejected) <= noise).astype(chosen.dtype)
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from ftjax.weights import Array
@@ -39,6 +40,11 @@ class Sums(NamedTuple):
             },
             {k: jnp.maximum(x, other.most[k]) for k, x in self.most.items()},
         )
+
+    def over(self, axis: str) -> "Sums":
+        """Of all devices of a mapped axis."""
+        terms, means = jax.lax.psum((self.terms, self.means), axis)
+        return Sums(terms, means, jax.lax.pmax(self.most, axis))
 
     def metrics(self) -> dict[str, Array]:
         """Every mean (NaN where nothing has weight), and every extreme."""

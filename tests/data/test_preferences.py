@@ -327,6 +327,12 @@ def test_pairs_are_counted_as_pairs(write: Any, plain: Any) -> None:
     assert note_overlap(data, held_out) == 1
 
 
+def test_answers_that_are_rated_both_ways_are_told(write: Any, plain: Any) -> None:
+    rows = [PAIR, {**PAIR, "chosen": " bad", "rejected": " worse"}]
+    warnings = build(write(rows), plain, "rated").report.warnings
+    assert "answers that are rated both good and bad: 1" in warnings
+
+
 def test_good_answers_alone_can_be_measured_but_not_trained_on(
     write: Any, plain: Any
 ) -> None:

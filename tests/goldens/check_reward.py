@@ -62,10 +62,10 @@ def ours(folder: Path) -> None:
     from tests.runs import make_run
     from tests.tiny import make_tiny_checkpoint
 
-    bases = {}
+    bases: dict[str, Any] = {}
     for name, how in MODELS.items():
         # Rows of 128 numbers, for bitsandbytes: see `check_quant`.
-        sizes = {"hidden_size": 128, "intermediate_size": 256}
+        sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
         bases[name] = make_tiny_checkpoint(folder / name, **how, **sizes)
     argv = [f"--model={bases['llama']}", f"--out={folder / 'llama-nf4'}"]
     argv += ["--format=nf4", "--double_quant", "--data=none"]

@@ -10,6 +10,7 @@ of different lengths; the norm is clipped; decay is decoupled and spares the nor
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def summary(tensors: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 
-def run(method: str) -> dict[str, Any]:
-    """Losses, gradient norms and the trained tensors after the last step."""
+def build(method: str) -> Any:
+    """The model, on its random weights, with what `method` trains."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -69,8 +70,13 @@ def run(method: str) -> dict[str, Any]:
         shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
         write_random(folder / "model.safetensors", shapes)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if method == "lora":
-        model = with_lora(model)
+    return with_lora(model) if method == "lora" else model
+
+
+def run(model: Any, loss_of: Callable[[Any], Any]) -> dict[str, Any]:
+    """Losses, gradient norms and the trained tensors after the last step."""
+    import torch
+
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     groups = [
         {"params": [p], "weight_decay": OPTIM["weight_decay"] * (p.ndim > 1)}
@@ -81,7 +87,7 @@ def run(method: str) -> dict[str, Any]:
     losses, norms = [], []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss = step_loss(model)
+        loss = loss_of(model)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
         optimizer.step()
@@ -133,7 +139,7 @@ def main() -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"peft {peft.__version__}"
     )
-    methods = {method: run(method) for method in ("full", "lora")}
+    methods = {method: run(build(method), step_loss) for method in ("full", "lora")}
     golden = {
         "made_with": versions,
         "config": CONFIG,
