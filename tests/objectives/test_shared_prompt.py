@@ -31,7 +31,7 @@ def answer(prompt: Any, rng: Any, where: str) -> Example:
 def pairs(reads: str, shared: bool) -> Dataset:
     """Pairs with prompts of 1 to 20 tokens; of one the sides differ in the prompt."""
     rng = np.random.default_rng(0)
-    groups, examples = [], list[Example]()
+    groups, examples = list[tuple[int, ...]](), list[Example]()
     for length in (12, 1, 20, 2, 7):
         prompt = rng.integers(0, SPEC.vocab_size, length)
         other = prompt.copy()
