@@ -41,7 +41,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
             losses[name].append(step(index))
             if index:  # the first one compiles
                 times[name].append(time.perf_counter() - begun)
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         name: {
             "layout": name,
             "tokens_per_pair": float(group_slots(found).mean()),
