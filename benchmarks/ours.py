@@ -43,16 +43,19 @@ def _load(request: Request, mesh: Any, quant: Any = None) -> tuple[Any, Any]:
 def _train(request: Request) -> Step:
     import jax
 
+    from configs import dpo as pairs
     from configs import sft
     from ftjax.loop import compile_step, on_mesh
     from ftjax.methods.method import plan_method
     from ftjax.models.decoder import Decoder
     from ftjax.objectives.causal import causal
+    from ftjax.objectives.dpo import dpo
     from ftjax.optim import make_optimizer
     from ftjax.sharding import batch_sharding, make_mesh, put_batch
     from ftjax.step import init_state
 
-    config = sft.get_config(f"method={request.task}")
+    kind, _, method = request.task.rpartition(" ")
+    config = sft.get_config(f"method={method}")
     config.optim.lr = request.learning_rate
     config.optim.schedule, config.optim.warmup = "constant", 0
     config.optim.clip_norm = 0.0  # nobody clips here
@@ -66,12 +69,18 @@ def _train(request: Request) -> Step:
     tx = make_optimizer(config.optim, steps=1000)
     state = on_mesh(init_state(trained, tx, config.seed), mesh)
     del trained
-    step_fn = compile_step(causal(model, config.loss.chunk), tx, state)
+    objective = causal(model, config.loss.chunk)
+    if kind == "dpo":
+        objective = dpo(model, pairs.get_config().loss)
+    step_fn = compile_step(objective, tx, state)
     sharding = batch_sharding(mesh, leading=1)
 
     def step(index: int) -> float:
         nonlocal state
-        batch = put_batch(_batch(request.tokens(index)), sharding)
+        rows = _batch(request.tokens(index))
+        if kind == "dpo":
+            rows = _pairs(rows, reference=not frozen)
+        batch = put_batch(rows, sharding)
         state, metrics = step_fn(state, frozen, batch)
         jax.block_until_ready(state)
         return float(metrics["loss"])
@@ -94,6 +103,28 @@ def _batch(rows: list[list[int]]) -> dict[str, np.ndarray]:
         "segments": np.ones_like(tokens),
         "positions": np.ascontiguousarray(positions),
     }
+
+
+def _pairs(batch: dict[str, np.ndarray], reference: bool) -> dict[str, np.ndarray]:
+    """Each row as a pair: its halves, all of them answers but the first tokens.
+
+    `reference`: with numbers of a reference, as where no base is left in memory.
+    """
+    from ftjax.objectives.dpo import REFERENCE
+
+    half = batch["tokens"].shape[-1] // 2
+    second = np.arange(batch["tokens"].shape[-1]) >= half
+    one = np.ones((*batch["tokens"].shape[:2], 1), np.float32)
+    ends = batch["weights"].copy()
+    ends[..., half - 1] = 0
+    made = {
+        **batch,
+        "weights": ends,
+        "segments": (1 + second + np.zeros_like(batch["tokens"])).astype(np.int32),
+        "positions": (batch["positions"] - half * second).astype(np.int32),
+        "pair": one,
+    }
+    return made | {name: -100 * one for name in REFERENCE if reference}
 
 
 def _generate(request: Request) -> Step:

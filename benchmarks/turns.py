@@ -24,7 +24,7 @@ Step = Callable[[int], Any]  # step(i): runs synchronized; its loss, or its toke
 class Request:
     """One row: what to run. `checkpoint` is a Hugging Face folder."""
 
-    task: str  # 'full', 'lora', 'qlora' or 'generate'
+    task: str  # 'full', 'lora', 'qlora', these after 'dpo ', or 'generate'
     checkpoint: str
     vocab_size: int
     rows: int
