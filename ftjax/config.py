@@ -230,8 +230,8 @@ def _check_rollouts(config: Any) -> None:
             got=f"{size} completions in groups of {rollout.group}",
             fix=f"--config.train.batch_size={near}",
         )
-    for name in ("steps", "save_every", "eval_every"):
-        if train[name] is not None and train[name] % unit:
+    for name in ("save_every", "eval_every"):
+        if train[name] % unit:
             near = -(-train[name] // unit) * unit
             raise UserError(
                 "a run is saved between rollouts only: half of one cannot continue",

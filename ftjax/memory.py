@@ -49,7 +49,18 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
         "a layer at work": tokens * item * _layer(shape.model.spec)["none"],
         "head, a chunk at a time": _head(config, shape, rows / mesh.size, length),
     }
+    if "rollout" in config:
+        sizes["answering: weights and cache"] = _answering(config, shape, length)
     return {**sizes, "total": sum(sizes.values())}
+
+
+def _answering(config: Any, shape: Shape, length: int) -> int:
+    """Bytes of the weights taken apart for generation, and of its cache."""
+    spec, item = shape.model.spec, jnp.dtype(shape.dtype).itemsize
+    weights = sum(leaf.size for leaf in jax.tree.leaves(shape.params)) * item
+    rows = config.train.batch_size * config.rollout.batches
+    cached = 2 * spec.n_layers * spec.n_kv_heads * spec.head_dim
+    return weights + rows * length * cached * item
 
 
 def _optimizer(optim: Any, shape: Shape, trained: Any, axes: Any, mesh: Mesh) -> int:

@@ -97,13 +97,13 @@ def _exact_match(config: Any) -> Reward:
 
 
 def _length(config: Any) -> Reward:
-    """1 for an answer of `config.words_wanted` words, falling evenly to 0 on both
-    sides."""
+    """1 for an answer of `config.words_wanted` words; else the smaller number over the
+    larger one, so that there is a way to learn it from everywhere."""
 
     def reward(prompts: Any, completions: Any, **columns: Any) -> list[float]:
         goal = config.words_wanted
         counts = [len(words_of(text_of(given))) for given in completions]
-        return [max(0.0, 1 - abs(n - goal) / goal) for n in counts]
+        return [min(n, goal) / max(n, goal) for n in counts]
 
     return reward
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from ftjax.console import table
@@ -51,7 +52,15 @@ class Player:
     ) -> Answers:
         """Answers of the policy (its variables) to some prompts of a data set."""
         c, base = self.rollout, self.base
-        generator = Generator(base.spec, policy, dtype=self.dtype, eos_ids=base.eos_ids)
+        generator = Generator(
+            base.spec,
+            policy,
+            dtype=self.dtype,
+            eos_ids=base.eos_ids,
+            # Added to weights of a lower precision, a small update would be rounded
+            # away: the policy that answers would not be the one that is trained.
+            apart=jnp.dtype(self.dtype) != jnp.float32,
+        )
         sampling = Sampling(temperature, c.top_k, c.top_p, seed)
         return answer_prompts(
             generator,
@@ -97,11 +106,15 @@ class Player:
             return []
         rows = [i * len(dataset.examples) // count for i in range(count)]
         answers = self.answer(policy, dataset, rows, 0.0, 0)
-        decode = self.base.tokenizer.decode
-        prompts = [decode(ids).strip() for ids in answers.prompts]
+        prompts = [_last_words(dataset.columns[i]["prompt"]) for i in rows]
         texts = [text.strip() for text in answers.texts]
         rewards = answers.judged.total.tolist()
         return [Shown(*one) for one in zip(prompts, texts, rewards, strict=True)]
+
+
+def _last_words(prompt: Any) -> str:
+    """A prompt for people: of messages what the user said last."""
+    return (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip()
 
 
 def shown_table(rows: Sequence[Shown]) -> str:

@@ -73,7 +73,8 @@ class Rollouts:
                 where="config.rollout.batches, config.rollout.passes",
                 expected=f"a last step that is a multiple of {self.unit}",
                 got=str(step),
-                fix="continue with the batches and passes that the run began with",
+                fix="let a run end with a whole rollout, and continue it with the "
+                "batches and passes that it began with",
             )
         c = self.config
         turn, place = divmod(part, c.rollout.batches)

@@ -46,9 +46,9 @@ def test_the_built_in_rewards() -> None:
     answers = {"answer": ["2+2 #### 4", "4", "4", None]}
     assert of("exact_match", texts, answers) == [1, 1, 0, None]
     assert of("exact_match", ["4"], {"completion": ["A: 4"]}) == [1]
-    assert of("length", ["a b", "", "a b c d e"], words_wanted=2) == [1, 0, 0]
+    assert of("length", ["a b", "", "a b c d e"], words_wanted=2) == [1, 0, 0.4]
     said = [{"role": "assistant", "content": "It's one."}]
-    assert of("length", [said, "a b c"], words_wanted=2) == [1, 0.5]
+    assert of("length", [said, "a b c"], words_wanted=4) == [0.5, 0.75]
     assert of("format", [" A\nb. ", "b. c"], pattern=r"[A-Z].*\.") == [1, 0]
     assert of("words", ["Happy!", "a friend", "unhappy"], words="happy,big") == [
         0.5,
