@@ -179,8 +179,11 @@ def test_a_mapped_run_is_a_run_on_a_mesh(
     tiny_llama: Path, rows: Path, tmp_path: Path
 ) -> None:
     """And continues from its own checkpoint."""
-    fixed = ("--config.optim.schedule=constant", "--config.train.accumulate=2")
-    fixed += ("--config.train.batch_size=8",)
+    fixed = (
+        "--config.optim.schedule=constant",
+        "--config.train.accumulate=2",
+        "--config.train.batch_size=8",
+    )
     by_map = (*fixed, "--config.parallel=pmap")
     meshed, mapped = tmp_path / "meshed", tmp_path / "mapped"
     train(tiny_llama, rows, meshed, *fixed, devices=4).ok()
