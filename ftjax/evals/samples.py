@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ftjax.data.dataset import Dataset
 from ftjax.data.encode import Example
 from ftjax.data.tokenizer import Tokenizer
@@ -21,8 +23,13 @@ class Prompt:
 
 
 def pick_prompts(dataset: Dataset, tokenizer: Tokenizer, count: int) -> list[Prompt]:
-    """The first prompts of `count` rows at equal distances over a data set."""
-    rows = dataset.examples
+    """The first prompts of `count` rows at equal distances over a data set.
+
+    The answer beside a prompt is the chosen one of a pair, or one that is rated good.
+    """
+    good = dataset.values.get("label", np.ones(len(dataset.groups)))
+    groups = zip(dataset.groups, good, strict=True)
+    rows = [dataset.examples[group[0]] for group, label in groups if label > 0]
     count = min(count, len(rows))
     return [_prompt(rows[i * len(rows) // count], tokenizer) for i in range(count)]
 

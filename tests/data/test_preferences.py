@@ -9,6 +9,7 @@ from ftjax.data.dataset import build_dataset, note_overlap
 from ftjax.data.encode import EMPTY, NO_ROOM, SAME, SAME_CUT, TIE, TOO_LONG
 from ftjax.data.loader import Loader, row_length
 from ftjax.data.show import show_group
+from ftjax.evals.samples import pick_prompts
 from tests.data.conftest import data_config, fault_of
 
 USER = {"role": "user", "content": "q"}
@@ -358,6 +359,15 @@ def test_a_stream_of_all_kinds_says_what_each_is(write: Any, plain: Any) -> None
     batch = made.batch(0, made.rows_per_epoch)
     ids = {int(x) for x in np.unique(batch["segments"])}
     assert ids == {0, 1, 2, 3, 5, 7, 8}  # members of group u: 2 u + 1 and 2 u + 2
+
+
+@pytest.mark.parametrize("reads", ["pairs", "rated"])
+def test_the_answers_beside_samples_are_good_ones(
+    reads: str, write: Any, plain: Any
+) -> None:
+    rows = [{**PAIR, "prompt": f"{n}:"} for n in "abcde"]
+    found = pick_prompts(build(write(rows), plain, reads), plain, 4)
+    assert [(p.text, p.reference) for p in found] == [(f"{n}:", "good") for n in "abcd"]
 
 
 def test_both_sides_are_shown(write: Any, plain: Any) -> None:

@@ -1,0 +1,77 @@
+"""The reference's numbers are the base's, wherever they come from."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from configs import dpo as dpo_config
+from ftjax.objectives.dpo import REFERENCE, pair_logps
+from ftjax.prepare import Prepared, load_variables, prepare
+from ftjax.reference import add_reference
+from ftjax.sharding import batch_sharding, put_batch
+
+ROWS = [
+    {"prompt": f"Say {i}:", "chosen": " one two"[: 3 + i], "rejected": " no" * (i + 1)}
+    for i in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def started(
+    model: Path, data: Path, workdir: Path, method: str, **loss: Any
+) -> tuple[Prepared, Any]:
+    """(what a run has prepared, what of it is frozen), after its reference was read."""
+    config = dpo_config.get_config(f"model={model},method={method}")
+    config.data.update({"train": str(data), "eval": "", "max_length": 64})
+    config.train.update({"steps": 2, "batch_size": 4})
+    config.optim.warmup = 0
+    config.loss.update(loss)
+    ready = prepare(config)
+    trained, frozen = load_variables(config, ready.base, ready.shape, ready.mesh)
+    add_reference(config, ready, trained, frozen, workdir)
+    return ready, frozen
+
+
+def numbers(ready: Prepared) -> np.ndarray:
+    """[pairs, 2], as they stand beside the groups."""
+    values = ready.data.train.values
+    return np.stack([values[name] for name in REFERENCE], axis=1)
+
+
+def test_all_references_are_one(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    """In the step, known before, from a copy of the model, of virtual tokens."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_llama, copy)
+    ready, frozen = started(tiny_llama, data, tmp_path, "lora")
+    assert REFERENCE[0] not in ready.data.train.values
+    loader = ready.data.loader
+    [(batch, groups)] = loader.epoch_groups(4)
+    sent = put_batch(batch, batch_sharding(ready.mesh))
+    loss = SimpleNamespace(chunk=64, ld_alpha=1.0)
+    sums = jax.jit(lambda v, b: pair_logps(ready.shape.model, v, b, loss))(frozen, sent)
+    expected = np.zeros((len(ROWS), 2), np.float32)
+    for row, members in enumerate(groups):
+        expected[members] = np.asarray(sums)[row, : len(members)]
+    assert (expected < 0).all()
+    others: dict[str, dict[str, Any]] = {
+        "lora": {"precompute": True},
+        "full": {},
+        "prompt": {"precompute": True},
+        "freeze": {"reference": str(copy)},
+    }
+    for method, changes in others.items():
+        found, _ = started(tiny_llama, data, tmp_path, method, **changes)
+        np.testing.assert_allclose(numbers(found), expected, rtol=1e-5, err_msg=method)
+    assert len(list((tmp_path / "reference").glob("train-*.npy"))) == 4
