@@ -164,19 +164,11 @@ def measure(
       tell: prints the report of the data.
     """
     what = task_of(task)
+    _check_head(policy, task)
     loader, rows = _load(args, policy.base, mesh, policy.max_positions, task)
     if tell:
         say(loader.dataset.report.text())
     frozen: Any = {}
-    if what.head and what.head not in policy.variables:
-        raise _no_head(policy, what.head)
-    if SCORE in policy.variables and not what.head:
-        raise UserError(
-            "a reward model is measured by its own task, or gives scores",
-            where=policy.label,
-            got=f"the task {task}",
-            fix="--config=configs/reward.py, or --to=scores --out=FILE",
-        )
     objective = what.make(policy.model, loss)
     if what.reference is not None:
         frozen = _reference(what.reference, policy, loader, loss, mesh, rows)
@@ -208,6 +200,20 @@ def _reference(
     weights = load_base(other, jnp.float32, mesh)
     put_reference(loader, reference_sums(say_of, weights, loader, loss, mesh, rows))
     return {}
+
+
+def _check_head(policy: Policy, task: str) -> None:
+    """A task with a head is measured with one, and any other without."""
+    head = task_of(task).head
+    if head and head not in policy.variables:
+        raise _no_head(policy, head)
+    if SCORE in policy.variables and not head:
+        raise UserError(
+            "a reward model is measured by its own task, or gives scores",
+            where=policy.label,
+            got=f"the task {task}",
+            fix="--config=configs/reward.py, or --to=scores --out=FILE",
+        )
 
 
 def _no_head(policy: Policy, head: str) -> UserError:
