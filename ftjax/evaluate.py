@@ -251,7 +251,7 @@ def _reference(
 
 
 def _check_head(policy: Policy, task: str) -> None:
-    """A task that reads a head needs one, and a reward model has no other use."""
+    """A task with a head is measured with one, and any other without."""
     head = task_of(task).head
     if head and head not in policy.variables:
         raise _no_head(policy, head)

@@ -86,7 +86,7 @@ HARMLESS = {
     "initializer_range", "is_decoder", "is_llama_config", "label2id", "length_penalty",
     "max_length", "max_window_layers", "min_length", "model_type", "name_or_path",
     "no_repeat_ngram_size", "no_rope_layer_interval", "num_beam_groups", "num_beams",
-    "num_return_sequences", "output_attentions", "output_hidden_states",
+    "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states",
     "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
     "pruned_heads", "remove_invalid_values", "repetition_penalty", "resid_pdrop",
     "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",

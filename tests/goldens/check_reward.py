@@ -27,10 +27,12 @@ ROWS = [
     {"prompt": "the thing", "completion": " in the end"},
     {"prompt": "on", "completion": " a re er on the the in the thing"},
 ]
-# Model -> what differs in its config.json; a tied one has no head of its own.
+# Rows of 128 numbers, for bitsandbytes: see `check_quant`.
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
+# Model -> its config.json; a tied one has no head of its own.
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "tied": {"tie_word_embeddings": True},
+    "llama": SIZES,
+    "tied": SIZES | {"tie_word_embeddings": True},
 }
 # Run -> (model, method, its settings).
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -64,9 +66,7 @@ def ours(folder: Path) -> None:
 
     bases: dict[str, Any] = {}
     for name, how in MODELS.items():
-        # Rows of 128 numbers, for bitsandbytes: see `check_quant`.
-        sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
-        bases[name] = make_tiny_checkpoint(folder / name, **how, **sizes)
+        bases[name] = make_tiny_checkpoint(folder / name, **how)
     argv = [f"--model={bases['llama']}", f"--out={folder / 'llama-nf4'}"]
     argv += ["--format=nf4", "--double_quant", "--data=none"]
     assert cli.run(quantize.main, argv, quantize.define) == 0
