@@ -15,7 +15,10 @@ from jax.sharding import Mesh
 
 from ftjax.config import check_devices, data_settings, total_steps, validate
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
-from ftjax.data.loader import Loader, row_length
+from ftjax.data.feed import is_file
+from ftjax.data.loader import Frame, Loader, row_length
+from ftjax.data.report import DataReport
+from ftjax.data.stream import stream_frame
 from ftjax.errors import UserError
 from ftjax.loading import Base, load_base, open_base, stored_formats
 from ftjax.methods.dora import with_magnitudes
@@ -70,19 +73,25 @@ def prepare(config: Any) -> Prepared:
     shape = prepare_shape(config, base, mesh)
     room = base.spec.max_positions - virtual_count(shape.method)
     data = prepare_data(config, base, room)
-    steps = total_steps(config, data.loader.rows_per_epoch)
+    steps = total_steps(config, data.loader.rows_per_epoch if data.loader else 0)
     return Prepared(mesh, base, shape, data, steps)
 
 
 @dataclass
 class Data:
-    """The rows of a run; `length` is the one T of its batches."""
+    """The rows of a run; `length` is the one T of its batches.
+
+    Of a stream nothing is read yet: `train` is empty, and there is no loader of it, but
+    the `frame` of its batches. `settings` are those of `config.data`, filled in.
+    """
 
     train: Dataset
     eval: Dataset | None
-    loader: Loader
+    loader: Loader | None
     eval_loader: Loader | None
     length: int
+    frame: Frame | None
+    settings: Any
 
 
 def prepare_data(config: Any, base: Base, room: int) -> Data:
@@ -110,16 +119,37 @@ def prepare_data(config: Any, base: Base, room: int) -> Data:
         found.ends = task.ends
         return found
 
-    train = build(c.train, "train")
+    train = _unread(c, config.task) if c.stream else build(c.train, "train")
     held_out = build(c.eval, "eval") if c.eval else None
     if held_out:
         note_overlap(train, held_out)
-    both = (train, held_out) if held_out else (train,)
-    length = row_length(*both, max_length=c.max_length, packing=c.packing)
+    frame = stream_frame(c, task.reads, task.ends) if c.stream else None
+    if frame is not None:
+        length = frame.length
+    else:
+        both = (train, held_out) if held_out else (train,)
+        length = row_length(*both, max_length=c.max_length, packing=c.packing)
     settings = {"length": length, "packing": c.packing, "seed": config.seed}
-    loader = Loader(train, shuffle=c.shuffle, **settings)
+    loader = None if c.stream else Loader(train, shuffle=c.shuffle, **settings)
     eval_loader = Loader(held_out, shuffle=False, **settings) if held_out else None
-    return Data(train, held_out, loader, eval_loader, length)
+    return Data(train, held_out, loader, eval_loader, length, frame, c)
+
+
+def _unread(c: Any, task: str) -> Dataset:
+    """The data set of a stream, without rows.
+
+    Raises:
+      UserError: it is not there, or the task wants to see all rows first.
+    """
+    if task_of(task).reads == "rated":
+        raise UserError(
+            "this task compares each row with another one, so it wants all rows first",
+            where="config.task, config.data.stream",
+            got=f"task={task}, stream=True",
+            fix="--config.data.stream=False",
+        )
+    is_file(c.train)
+    return Dataset([], DataReport(c.train, "train", c.max_length))
 
 
 @dataclass(frozen=True)

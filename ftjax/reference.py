@@ -58,6 +58,13 @@ def add_reference(
     other, method = config.loss.reference, ready.shape.method
     if other == "base" and method.frozen_is_base and not config.loss.precompute:
         return
+    if ready.data.loader is None:
+        raise UserError(
+            "this reference reads all rows before the run; a stream has none yet",
+            where="config.loss.reference, config.data.stream",
+            expected="an adapter over its base as the reference, and precompute=False",
+            fix="--config.data.stream=False",
+        )
     base = ready.base
     if other != "base":
         base = open_other(other, base, "config.loss.reference")

@@ -26,7 +26,7 @@ from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
 from ftjax.loading import Base, public_name
-from ftjax.loop import Clock, compile_step, on_mesh, run_steps, stored_rows
+from ftjax.loop import Clock, compile_step, on_mesh, run_steps
 from ftjax.methods.freeze import trained_names
 from ftjax.methods.residual import beyond
 from ftjax.methods.several import Update
@@ -40,11 +40,8 @@ from ftjax.report import write_report
 from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding
 from ftjax.signals import StopRequest
-from ftjax.step import (
-    Objective,
-    TrainState,
-    init_state,
-)
+from ftjax.step import Objective, TrainState, init_state
+from ftjax.streaming import Supply
 from ftjax.weights import join
 from ftjax.workdir import Workdir, compare_values
 
@@ -106,18 +103,24 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         if first:
             meta = checkpoints.meta(first)
             state = checkpoints.restore(first, state)
-            done = first >= steps
+        supply = Supply(config, ready, folder.path, lambda: stop.requested, meta)
+        if first:
+            done = first >= supply.last
             say(f"{'done already:' if done else 'continuing after'} step {first}")
         objective, frozen = make_objective(config, ready, frozen)
         step_fn = compile_step(objective, tx, state)
         rate = make_schedule(config.optim, steps)
 
         def due(step: int, every: int) -> bool:
-            return step == steps or (every > 0 and step % every == 0)
+            return step == supply.last or (every > 0 and step % every == 0)
 
         def pause(step: int) -> bool:
             often = (c.eval_every, c.sample_every, c.save_every)
             return any(due(step, every) for every in often) or stop.requested
+
+        def save(score: float | None) -> None:
+            meta.update(supply.meta(), seconds=clock.elapsed)
+            checkpoints.save(int(state.step), state, meta, score)
 
         log = MetricLog(
             folder.path,
@@ -132,9 +135,8 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                 look.sample(0, state.trained)
                 meta["best"] = look.evaluate(0, state.trained)
             clock = Clock(steps - first, meta["seconds"])
-            source = stored_rows(data.loader, c.batch_size, c.accumulate)
             for step, values, now in run_steps(
-                step_fn, state, frozen, source, steps, mesh, pause
+                step_fn, state, frozen, supply, supply.last, mesh, pause
             ):
                 meta["tokens"] += int(values.pop("weight"))
                 speed = clock.tick(values.pop("row_tokens"))
@@ -155,17 +157,20 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                     better = score is not None and not score >= meta["best"]
                     meta["best"] = score if better else meta["best"]
                 kept = better and c.keep_best > 0
-                if due(step, c.save_every) or kept or stop.requested:
-                    meta["seconds"] = clock.elapsed
-                    checkpoints.save(step, state, meta, score)
-                if stop.requested and step < steps:
-                    raise Stopped(
-                        f"stopped: saved step {step} of {steps}; "
-                        "the same command continues"
-                    )
+                if due(step, c.save_every) or kept or supply.halted:
+                    save(score)
+                if supply.halted and step < supply.last:
+                    break
                 clock.restart()
+            step = int(state.step)
+            if supply.halted and step < supply.last:
+                if step != checkpoints.latest():
+                    save(None)
+                raise supply.leave(step)
+        if supply.stream is not None:
+            say(supply.stream.text())
         finish(folder, base, shape, state, frozen, checkpoints, origin)
-        return describe.result(folder.path, steps, meta["chat"])
+        return describe.result(folder.path, step, meta["chat"]) | supply.result()
 
 
 class Look:

@@ -51,6 +51,7 @@ FLOORS = {
     "ftjax.reference": 4,
     "ftjax.report": 4,
     "ftjax.run_folder": 4,
+    "ftjax.streaming": 4,
     "ftjax.switch": 4,
     "ftjax.train": 5,
     "ftjax.check": 5,

@@ -58,23 +58,28 @@ def read_all(
       UserError: a bad row, unless it is to be skipped.
     """
     for row in rows:
-        report.read += 1
-        yield from joiner.next_row()
-        try:
-            first, found = joiner.read(row)
-        except UserError as error:
-            if not skip:
-                raise
-            report.skip(error.what, str(error.where))
-            continue
-        report.schemas.setdefault(first.schema, Tally()).add(row.where)
-        report.conversations += isinstance(first.samples[0], Conversation)
-        if first.identical:
-            report.identical.add(row.where)
-        for column in first.ignored:
-            report.ignored.setdefault(column, Tally()).add(row.where)
-        yield from found
+        yield from read_row(row, joiner, report, skip)
     yield from joiner.rest()
+
+
+def read_row(row: Row, joiner: Joiner, report: DataReport, skip: bool) -> list[Group]:
+    """The groups that are ready by a row; see `read_all`."""
+    report.read += 1
+    ready = list(joiner.next_row())
+    try:
+        first, found = joiner.read(row)
+    except UserError as error:
+        if not skip:
+            raise
+        report.skip(error.what, str(error.where))
+        return ready
+    report.schemas.setdefault(first.schema, Tally()).add(row.where)
+    report.conversations += isinstance(first.samples[0], Conversation)
+    if first.identical:
+        report.identical.add(row.where)
+    for column in first.ignored:
+        report.ignored.setdefault(column, Tally()).add(row.where)
+    return ready + found
 
 
 def encoded(groups: Iterator[Group], how: Encoding) -> Iterator[Encoded]:
