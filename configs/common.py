@@ -63,6 +63,10 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.data.on_bad_row = "error"  # error, skip
     c.data.chat_template = ""  # a jinja file instead of the tokenizer's own
     c.data.shuffle = True
+    # A stream is a .jsonl file that may still grow, a named pipe or - (standard input),
+    # read once, in its own order, until train.steps or its end.
+    c.data.stream = False
+    c.data.stream_wait = 10.0  # seconds without a new byte that end a growing file
     c.data.eval_rows = 0  # at most so many rows of eval; 0: all
     # Rows with a `prompt` and `chosen` alone, or `rejected` alone, are joined to pairs
     # where their prompts are equal and they stand at most so many rows apart.

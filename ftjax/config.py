@@ -34,6 +34,7 @@ def validate(config: Any) -> None:
                 got=repr(value)[:100],
             )
     _contradictions(config)
+    _check_stream(config)
     _check_init(config)
     _check_loss(config)
     _check_parallel(config)
@@ -77,6 +78,19 @@ def _contradictions(config: Any) -> None:
         )
     if train.steps is not None and optim.warmup >= train.steps:
         raise _long_warmup(optim.warmup, train.steps)
+
+
+def _check_stream(config: Any) -> None:
+    """A stream has no length of its own, and the learning rate wants to know one."""
+    if config.data.stream and config.train.steps is None:
+        epochs = config.train.epochs
+        raise UserError(
+            "nobody knows how long a stream is",
+            where="config.train.steps",
+            expected="the most steps to take; a stream is read once",
+            got="none" if epochs is None else f"train.epochs={epochs}",
+            fix="--config.train.steps=1000",
+        )
 
 
 def _check_init(config: Any) -> None:

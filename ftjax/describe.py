@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ftjax import console
+from ftjax.data.words import clip
 from ftjax.metrics import METRICS, read_rows
 from ftjax.prepare import Prepared, Shape, trainable_rows
 
@@ -14,21 +15,32 @@ PLACES = (METRICS, "loss.png", "report.html", "checkpoints", "adapter")
 def plan(config: Any, ready: Prepared) -> str:
     """The screen before a run: data, what is trained, how long."""
     base, shape, data, steps = ready.base, ready.shape, ready.data, ready.steps
-    parts = [data.train.report.text()]
+    source = clip(data.settings.train, 200)
+    parts = [f"train data\n  a stream, read as it comes: {source}"]
+    if data.loader is not None:
+        parts = [data.train.report.text()]
     if data.eval:
         parts.append(data.eval.report.text())
     parts.append(trainable(shape))
     c = config.train
-    rows = data.rows
     kind = "dora" if config.method.get("use_dora") else config.method.name
     cut = f" in {c.accumulate} micro-batches" if c.accumulate > 1 else ""
     parts.append(
         f"{base.name}: {kind}{stored(config, shape)}, "
         f"{shape.dtype} computation; "
         f"{steps:,} steps of {c.batch_size} rows x {data.length} tokens{cut}, "
-        f"{steps * c.batch_size / rows:.3g} epochs of {rows:,} rows"
+        f"{length_of(config, ready)}"
     )
     return "\n\n".join(parts)
+
+
+def length_of(config: Any, ready: Prepared) -> str:
+    """How often the rows are read."""
+    if ready.data.frame is not None:
+        return "fewer where the stream ends before"
+    rows = ready.data.rows
+    read = ready.steps * config.train.batch_size
+    return f"{read / rows:.3g} epochs of {rows:,} rows"
 
 
 def stored(config: Any, shape: Shape) -> str:

@@ -15,8 +15,9 @@ from ftjax.step import Objective, TrainState, compile_lean, make_train_step
 
 PyTree = Any
 DEVICES = "devices"  # the axis of `map_step`
-# (step, the state before it) -> its batch, leaves [k, rows, ...], k micro-batches
-Source = Callable[[int, TrainState], Batch]
+# (step, the state before it) -> its batch, leaves [k, rows, ...], k micro-batches; None
+# where no rows are left.
+Source = Callable[[int, TrainState], Batch | None]
 
 
 def stored_rows(loader: Loader, rows: int, k: int, devices: int = 0) -> Source:
@@ -28,14 +29,18 @@ def stored_rows(loader: Loader, rows: int, k: int, devices: int = 0) -> Source:
       k: micro-batches that it is cut into.
       devices: above 0, each of these into so many parts (see `map_step`).
     """
-    split = (k, devices, rows // k // devices) if devices else (k, rows // k)
 
     def batch(step: int, state: TrainState) -> Batch:
         del state
-        whole = loader.batch(step * rows, rows)
-        return {n: x.reshape(*split, *x.shape[1:]) for n, x in whole.items()}
+        return micro_batches(loader.batch(step * rows, rows), k, devices)
 
     return batch
+
+
+def micro_batches(batch: Batch, k: int, devices: int = 0) -> Batch:
+    """Rows [k * n, ...] as k micro-batches [k, n, ...]; with devices [k, d, n / d]."""
+    split = (k, devices, -1) if devices else (k, -1)
+    return {n: x.reshape(*split, *x.shape[1:]) for n, x in batch.items()}
 
 
 def run_steps(
@@ -50,13 +55,16 @@ def run_steps(
     """(step, values, state) of each step; the state only where `pause(step)`.
 
     Elsewhere a step's values are read after the next one has been sent off, so that
-    the device never waits for the host.
+    the device never waits for the host. Where the source has no more rows the last
+    step's values come with the state, unless they have come already.
     """
     step = int(state.step)
     sharding = batch_sharding(mesh, leading=1)
     waiting: dict[str, Any] | None = None
     while step < steps:
         batch = source(step, state)
+        if batch is None:
+            break
         row_tokens = int((batch["segments"] > 0).sum())
         state, metrics = step_fn(state, frozen, put_batch(batch, sharding))
         if waiting:
@@ -66,6 +74,8 @@ def run_steps(
         if pause(step):
             yield step, to_host(waiting), state
             waiting = None
+    if waiting:
+        yield step, to_host(waiting), state
 
 
 def compile_step(objective: Objective, tx: Any, state: TrainState) -> Any:

@@ -21,7 +21,11 @@ from ftjax.config import (
     validate,
 )
 from ftjax.data.dataset import Dataset, build_dataset, note_overlap
+from ftjax.data.feed import is_file
+from ftjax.data.frame import Frame
 from ftjax.data.loader import MULTIPLE, Loader, row_length
+from ftjax.data.report import DataReport
+from ftjax.data.stream import stream_frame
 from ftjax.errors import UserError
 from ftjax.loading import Base, load_base, open_base, stored_formats
 from ftjax.methods.dora import with_magnitudes
@@ -85,17 +89,23 @@ def prepare(config: Any) -> Prepared:
 class Data:
     """The rows of a run.
 
+    Of a stream nothing is read yet: `train` is empty, and there is no loader of it, but
+    the `frame` of its batches.
+
     Attributes:
       length: the one T of its batches.
-      rows: of an epoch that a step trains on; of prompts, their answers.
+      rows: of an epoch that a step trains on; of prompts, their answers; of a stream 0.
+      settings: those of `config.data`, filled in.
     """
 
     train: Dataset
     eval: Dataset | None
-    loader: Loader
+    loader: Loader | None
     eval_loader: Loader | None
     length: int
     rows: int
+    frame: Frame | None
+    settings: Any
 
 
 def prepare_data(config: Any, base: Base, room: int) -> Data:
@@ -126,22 +136,28 @@ def prepare_data(config: Any, base: Base, room: int) -> Data:
         found.ends, found.shared = task.ends, c.share_prompt
         return found
 
-    train = build(c.train, "train")
+    train = _unread(c, config.task) if c.stream else build(c.train, "train")
     held_out = build(c.eval, "eval") if c.eval else None
     if held_out:
         note_overlap(train, held_out)
-    both = (train, held_out) if held_out else (train,)
     if task.online:
-        return _prompts(config, train, held_out)
-    length = row_length(*both, max_length=c.max_length, packing=c.packing)
+        return _prompts(config, train, held_out, c)
+    frame = stream_frame(c, task.reads, task.ends) if c.stream else None
+    if frame is not None:
+        length = frame.length
+    else:
+        both = (train, held_out) if held_out else (train,)
+        length = row_length(*both, max_length=c.max_length, packing=c.packing)
     settings = {"length": length, "packing": c.packing, "seed": config.seed}
-    loader = Loader(train, shuffle=c.shuffle, **settings)
+    loader = None if c.stream else Loader(train, shuffle=c.shuffle, **settings)
     eval_loader = Loader(held_out, shuffle=False, **settings) if held_out else None
-    rows = loader.rows_per_epoch
-    return Data(train, held_out, loader, eval_loader, length, rows)
+    rows = loader.rows_per_epoch if loader else 0
+    return Data(train, held_out, loader, eval_loader, length, rows, frame, c)
 
 
-def _prompts(config: Any, train: Dataset, held_out: Dataset | None) -> Data:
+def _prompts(
+    config: Any, train: Dataset, held_out: Dataset | None, settings: Any
+) -> Data:
     """The order of the prompts; their rows are as long as prompt and answer may be."""
     c, both = config.rollout, (train, held_out) if held_out else (train,)
     longest = max(int(data.report.lengths.max()) for data in both)
@@ -154,7 +170,24 @@ def _prompts(config: Any, train: Dataset, held_out: Dataset | None) -> Data:
         shuffle=config.data.shuffle,
     )
     rows = loader.rows_per_epoch * c.group * c.passes
-    return Data(train, held_out, loader, None, length, rows)
+    return Data(train, held_out, loader, None, length, rows, None, settings)
+
+
+def _unread(c: Any, task: str) -> Dataset:
+    """The data set of a stream, without rows.
+
+    Raises:
+      UserError: it is not there, or the task wants to see all rows first.
+    """
+    if task_of(task).reads in ("rated", "prompts"):
+        raise UserError(
+            "this task compares each row with another one, so it wants all rows first",
+            where="config.task, config.data.stream",
+            got=f"task={task}, stream=True",
+            fix="--config.data.stream=False",
+        )
+    is_file(c.train)
+    return Dataset([], DataReport(c.train, "train", c.max_length))
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ RULES: dict[str, Range] = {
     "data.on_bad_row": one_of("error", "skip"),
     "data.eval_rows": AT_LEAST_0,
     "data.join_window": AT_LEAST_0,
+    "data.stream_wait": POSITIVE,
     "loss.chunk": AT_LEAST_1,
     "loss.beta": AT_LEAST_0,
     "loss.tau": POSITIVE,

@@ -59,6 +59,8 @@ def add_reference(
     other, method = config.loss.reference, ready.shape.method
     if other == "base" and method.frozen_is_base and not config.loss.precompute:
         return
+    if ready.data.loader is None:
+        raise _of_a_stream()
     base = ready.base
     if other != "base":
         base = open_other(other, base, "config.loss.reference")
@@ -143,6 +145,15 @@ def open_other(name: str, base: Base, key: str) -> Base:
             fix="take a model of the same family",
         )
     return other
+
+
+def _of_a_stream() -> UserError:
+    return UserError(
+        "this reference reads all rows before the run; a stream has none yet",
+        where="config.loss.reference, config.data.stream",
+        expected="an adapter over its base as the reference, and precompute=False",
+        fix="--config.data.stream=False",
+    )
 
 
 def reference_sums(

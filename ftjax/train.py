@@ -26,7 +26,7 @@ from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
 from ftjax.loading import Base, public_name
-from ftjax.loop import Clock, compile_step, map_step, on_mesh, run_steps, stored_rows
+from ftjax.loop import Clock, compile_step, map_step, on_mesh, run_steps
 from ftjax.methods.freeze import trained_names
 from ftjax.methods.residual import beyond
 from ftjax.methods.several import Update
@@ -43,11 +43,8 @@ from ftjax.rl.setup import open_rollouts
 from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding
 from ftjax.signals import StopRequest
-from ftjax.step import (
-    Objective,
-    TrainState,
-    init_state,
-)
+from ftjax.step import Objective, TrainState, init_state
+from ftjax.streaming import Supply
 from ftjax.weights import join
 from ftjax.workdir import Workdir, compare_values
 
@@ -109,7 +106,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         if first:
             meta = checkpoints.meta(first)
             state = checkpoints.restore(first, state)
-            done = first >= steps
+        game = open_rollouts(config, ready, frozen)
+        supply = Supply(config, ready, folder.path, lambda: stop.requested, meta, game)
+        if first:
+            done = first >= supply.last
             say(f"{'done already:' if done else 'continuing after'} step {first}")
         objective, frozen = aim.objective, with_teacher(aim, ready, frozen)
         by_map = config.parallel == "pmap"
@@ -118,18 +118,18 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             if by_map
             else compile_step(objective, tx, state)
         )
-        game = open_rollouts(config, ready, frozen)
         rate = make_schedule(config.optim, steps)
 
         def due(step: int, every: int) -> bool:
-            return step == steps or (every > 0 and step % every == 0)
-
-        def ends(step: int) -> bool:  # not within a rollout
-            return stop.requested and (not game or step % game.unit == 0)
+            return step == supply.last or (every > 0 and step % every == 0)
 
         def pause(step: int) -> bool:
             often = (c.eval_every, c.sample_every, c.save_every)
-            return any(due(step, every) for every in often) or ends(step)
+            return any(due(step, every) for every in often) or supply.halts(step)
+
+        def save(score: float | None) -> None:
+            meta.update(supply.meta(), seconds=clock.elapsed)
+            checkpoints.save(int(state.step), state, meta, score)
 
         log = MetricLog(
             folder.path,
@@ -144,11 +144,8 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                 look.sample(0, state.trained)
                 meta["best"] = look.evaluate(0, state.trained)
             clock = Clock(steps - first, meta["seconds"])
-            parts = mesh.size if by_map else 0
-            stored = stored_rows(data.loader, c.batch_size, c.accumulate, parts)
-            source = game.batch if game else stored
             for step, values, now in run_steps(
-                step_fn, state, frozen, source, steps, mesh, pause
+                step_fn, state, frozen, supply, supply.last, mesh, pause
             ):
                 meta["tokens"] += int(values.pop("trained"))
                 speed = clock.tick(values.pop("row_tokens"))
@@ -170,17 +167,21 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                     better = score is not None and not score >= meta["best"]
                     meta["best"] = score if better else meta["best"]
                 kept = better and c.keep_best > 0
-                if due(step, c.save_every) or kept or ends(step):
-                    meta["seconds"] = clock.elapsed
-                    checkpoints.save(step, state, meta, score)
-                if ends(step) and step < steps:
-                    raise Stopped(
-                        f"stopped: saved step {step} of {steps}; "
-                        "the same command continues"
-                    )
+                if due(step, c.save_every) or kept or supply.halts(step):
+                    save(score)
+                if supply.halts(step) and step < supply.last:
+                    break
                 clock.restart()
+            step = int(state.step)
+            if supply.halts(step) and step < supply.last:
+                if step != checkpoints.latest():
+                    save(None)
+                raise supply.leave(step)
+        if supply.stream is not None:
+            say(supply.stream.text())
         finish(folder, base, shape, state, frozen, checkpoints, origin)
-        return describe.result(folder.path, config.task, steps, meta["chat"])
+        found = describe.result(folder.path, config.task, step, meta["chat"])
+        return found | supply.result()
 
 
 class Look:

@@ -27,6 +27,8 @@ CHANGEABLE = (
     "train.sample_*",
     "train.max_skipped",
     "train.keep_*",
+    "data.on_bad_row",
+    "data.stream_wait",
     "mesh.*",
     "parallel",
     "log.*",

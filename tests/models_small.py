@@ -1,5 +1,6 @@
 """A small model and batches for tests of the step, in process."""
 
+from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +74,8 @@ def split(method: str, base: Any, lora: Any) -> tuple[Any, Any]:
     """(trained, frozen) of a base and an update that the test has made."""
     if method == "lora":
         return {"lora": lora}, base
-    return plan_method(Decoder(SPEC), SimpleNamespace(name=method)).start(base, 0)
+    spec = replace(SPEC, tied="lm_head" not in base["params"])
+    return plan_method(Decoder(spec), SimpleNamespace(name=method)).start(base, 0)
 
 
 def moved(leaf: Any) -> Any:

@@ -53,6 +53,7 @@ FLOORS = {
     "ftjax.report": 4,
     "ftjax.rl": 4,
     "ftjax.run_folder": 4,
+    "ftjax.streaming": 4,
     "ftjax.switch": 4,
     "ftjax.train": 5,
     "ftjax.check": 5,

@@ -11,6 +11,7 @@ from typing import Protocol, Self
 from ftjax.errors import UserError
 
 STDIN = "-"
+STDIN_HANDLE = 0
 SUFFIXES = (".jsonl", ".ndjson")
 PIECE = 1 << 16  # bytes that are read at once
 POLL = 0.1  # seconds that a read waits, so that whoever waits can be told to stop
@@ -40,7 +41,7 @@ class _Opened:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.handle != 0:
+        if self.handle != STDIN_HANDLE:
             os.close(self.handle)
 
 
@@ -74,7 +75,7 @@ class Pipe(_Opened):
     """A named pipe or standard input; over when its last writer has closed it."""
 
     def __init__(self, source: str):
-        self.handle = 0
+        self.handle = STDIN_HANDLE
         if source != STDIN:
             # Without O_NONBLOCK this would wait for a writer, deaf to signals.
             path = Path(source).expanduser()

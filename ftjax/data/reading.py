@@ -63,30 +63,38 @@ def read_all(
       UserError: a bad row, unless it is to be skipped.
     """
     for row in rows:
-        report.read += 1
-        yield from joiner.next_row()
-        try:
-            first, found = joiner.read(row)
-        except UserError as error:
-            if not skip:
-                raise
-            report.skip(error.what, str(error.where))
-            continue
-        report.schemas.setdefault(first.schema, Tally()).add(row.where)
-        report.conversations += _is_chat(first.samples[0])
-        if first.identical:
-            report.identical.add(row.where)
-        for column in first.ignored:
-            report.ignored.setdefault(column, Tally()).add(row.where)
-        if first.ahead == 0:
-            report.drop(enc.TIE, row.where)
-        elif first.identical and joiner.reads == "rated":
-            report.drop(enc.SAME, row.where)
-        else:
-            if first.ahead is not None and first.ahead < 0:
-                notes.add(BEYOND, row.where)
-            yield from found
+        yield from read_row(row, joiner, report, notes, skip)
     yield from joiner.rest()
+
+
+def read_row(
+    row: Row, joiner: Joiner, report: DataReport, notes: Notes, skip: bool
+) -> list[Group]:
+    """The groups that are ready by a row; see `read_all`."""
+    report.read += 1
+    ready = list(joiner.next_row())
+    try:
+        first, found = joiner.read(row)
+    except UserError as error:
+        if not skip:
+            raise
+        report.skip(error.what, str(error.where))
+        return ready
+    report.schemas.setdefault(first.schema, Tally()).add(row.where)
+    report.conversations += _is_chat(first.samples[0])
+    if first.identical:
+        report.identical.add(row.where)
+    for column in first.ignored:
+        report.ignored.setdefault(column, Tally()).add(row.where)
+    if first.ahead == 0:
+        report.drop(enc.TIE, row.where)
+        return ready
+    if first.identical and joiner.reads == "rated":
+        report.drop(enc.SAME, row.where)
+        return ready
+    if first.ahead is not None and first.ahead < 0:
+        notes.add(BEYOND, row.where)
+    return ready + found
 
 
 def _is_chat(sample: Sample) -> bool:

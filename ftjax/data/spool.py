@@ -9,6 +9,9 @@ closed: there is nothing to wait for.
 import hashlib
 import json
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +21,7 @@ from ftjax.data.files import MAX_LINE_BYTES
 from ftjax.errors import UserError
 from ftjax.workdir import storage_error
 
+_SOME = re.compile(rb"\S[^\n]*\n")  # a line that is not blank
 NAME, END = "stream.jsonl", "stream.end"
 
 
@@ -108,7 +112,7 @@ class Spool:
                 line = bytes(buffer[: end + 1])
                 del buffer[: end + 1]
                 begin, size = 0, size + len(line)
-                self.more = b"\n" in buffer
+                self.more = _SOME.search(buffer) is not None
                 before += size
                 self.taken = Place(number, before)
                 yield number, line, whole
@@ -121,13 +125,13 @@ class Spool:
             yield number, bytes(buffer), whole
 
     def _pieces(self) -> Iterator[bytes]:
-        with self.path.open("rb") as file:
-            while data := file.read(PIECE):
-                yield data
-            size = file.tell()
+        size = self.path.stat().st_size
         if self._end.exists():
+            yield from self._kept(size)
             return
+        # Opened first: a pipe without a reader forgets what was written to it.
         with self._feed(size) as feed, self.path.open("ab", buffering=0) as kept:
+            yield from self._kept(size)
             while (fresh := self._next(feed)) is not None:
                 if fresh:
                     self._keep(kept.write, fresh)
@@ -136,6 +140,12 @@ class Spool:
             self._end.write_text(json.dumps({"source": self.source}) + "\n", "utf-8")
         except OSError as error:
             raise storage_error(error, self._end) or error from error
+
+    def _kept(self, size: int) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            while size and (data := file.read(min(PIECE, size))):
+                size -= len(data)
+                yield data
 
     def _feed(self, size: int) -> Feed:
         try:
@@ -168,20 +178,37 @@ class Spool:
             raise storage_error(error, self.path) or error from error
 
     def _cut(self, place: Place) -> None:
-        """Forgets what a file says after a place: it says so still, or says better."""
-        file = self.shown
-        start = max(0, place.bytes - PIECE)
-        parts = []
-        for path in (file, self.path):
-            with path.open("rb") as opened:
-                opened.seek(start)
-                parts.append(opened.read(place.bytes - start))
-        if parts[0] != parts[1]:
+        """Forgets what a file no longer says after a place; that is kept aside.
+
+        A line that stopped a run may have been mended. What is before the place has
+        been trained on, and stays.
+        """
+        same = _common(self.shown, self.path)
+        if same < place.bytes:
             raise UserError(
                 "the file is not the one that this run has read so far",
-                where=file,
-                expected=f"{place.bytes:,} bytes that are in {self.path}, then more",
+                where=self.shown,
+                expected=f"the first {place.bytes:,} bytes as in {self.path}",
+                got=f"another byte {same:,}",
                 fix="restore it, or start anew in another --workdir",
             )
-        os.truncate(self.path, place.bytes)
+        if same < self.path.stat().st_size:
+            aside = self.path.with_name(
+                f"{self.path.stem}.{secrets.token_hex(4)}.jsonl"
+            )
+            shutil.copyfile(self.path, aside)
+            os.truncate(self.path, place.bytes)
         self._end.unlink(missing_ok=True)
+
+
+def _common(one: Path, two: Path) -> int:
+    """How many bytes two files have in common, from their beginnings on."""
+    same = 0
+    with one.open("rb") as a, two.open("rb") as b:
+        while True:
+            x, y = a.read(PIECE), b.read(PIECE)
+            if x != y or not x:
+                near = zip(x, y, strict=False)
+                first = next((i for i, (p, q) in enumerate(near) if p != q), None)
+                return same + (min(len(x), len(y)) if first is None else first)
+            same += len(x)

@@ -16,15 +16,16 @@ from ftjax.data import encode as enc
 from ftjax.data.dataset import nothing_left
 from ftjax.data.files import Faults, objects
 from ftjax.data.frame import Batch, Frame, slots
-from ftjax.data.groups import KINDS, Group
+from ftjax.data.groups import KINDS, MEMBERS, VALUES, Group
 from ftjax.data.joins import Joiner
+from ftjax.data.loader import MULTIPLE
 from ftjax.data.notes import Notes
 from ftjax.data.reading import (
     Encoded,
     Encoding,
     check_ids,
     encode_chunk,
-    read_all,
+    read_row,
     window_of,
 )
 from ftjax.data.report import DataReport
@@ -35,25 +36,20 @@ from ftjax.errors import UserError
 
 CHUNK = 64  # groups that are encoded together, if so many lines are there already
 GROUP_SLOTS = 8  # a row of T slots has room for T / 8 groups
-MULTIPLE = 32
 
 
-def stream_length(max_length: int, members: int, ends: bool) -> int:
-    """The slots T of a row: `max_length`, or what the longest pair may need.
+def stream_frame(data_config: Any, reads: str, ends: bool) -> Frame:
+    """The shape of a stream's rows, which no row that is yet to come may change.
 
-    A pair's sides have `max_length` tokens each at most, and stay in one row.
+    T is `max_length`, or what the longest pair may need: its sides have `max_length`
+    tokens each at most, and stay in one row.
     """
-    if members == 1:
-        return max_length + ends
-    return -(-members * (max_length - (not ends)) // MULTIPLE) * MULTIPLE
-
-
-def stream_frame(
-    length: int, packing: bool, names: tuple[str, ...], members: int, ends: bool
-) -> Frame:
-    """The shape of a stream's rows, which no row that is yet to come may change."""
-    most = max(1, length // GROUP_SLOTS) if packing else 1
-    return Frame(length, most, names, members, ends)
+    most, members = data_config.max_length, MEMBERS[reads]
+    length = most
+    if members > 1:
+        length = -(-members * (most - (not ends)) // MULTIPLE) * MULTIPLE
+    groups = max(1, length // GROUP_SLOTS) if data_config.packing else 1
+    return Frame(length, groups, VALUES[reads], members, ends)
 
 
 class RowStream:
@@ -93,7 +89,6 @@ class RowStream:
         window = window_of(data_config)
         self._joiner = Joiner(window, has_template, reads, self.report)
         self._lengths: Counter[int] = Counter()
-        self._slots = 0  # that hold a token
         self._given = 0
         self._batches = self._packed()
         self.end: int | None = None
@@ -127,8 +122,6 @@ class RowStream:
         counts = [count for _, count in sizes]
         report.lengths = np.repeat([size for size, _ in sizes], counts).astype(np.int64)
         report.warnings = list(self.how.notes.lines())
-        places = self._given * self.rows * self.frame.length
-        report.rows = (self._given * self.rows, self.frame.length, self._slots / places)
         return report.text()
 
     def _packed(self) -> Iterator[list[list[Any]]]:
@@ -161,20 +154,12 @@ class RowStream:
 
     def _encoded(self) -> Iterator[tuple[Encoded, Place]]:
         """Each group, and the place after the line that made it ready."""
-        groups, over = (
-            read_all(
-                self._rows(), self._joiner, self.report, self.how.notes, self.how.skip
-            ),
-            False,
-        )
+        rows, over = self._rows(), False
         while not over:
             chunk: list[tuple[Group, Place]] = []
             fault: UserError | None = None
             try:
-                while len(chunk) < CHUNK and (self.spool.more or not chunk):
-                    chunk.append((next(groups), self.spool.taken))
-            except StopIteration:
-                over = True
+                over = self._collect(rows, chunk)
             except UserError as error:
                 fault = error  # after the good rows before it
             places = {id(group): place for group, place in chunk}
@@ -183,6 +168,24 @@ class RowStream:
                 yield found, places[id(found[0])]
             if fault is not None:
                 raise fault
+
+    def _collect(self, rows: Iterator[Row], chunk: list[tuple[Group, Place]]) -> bool:
+        """Fills a chunk, without waiting for a line while it has any group.
+
+        Returns:
+          whether the rows are over.
+        """
+        for row in rows:
+            for group in self._ready(row):
+                chunk.append((group, self.spool.taken))
+            if chunk and (len(chunk) >= CHUNK or not self.spool.more):
+                return False
+        chunk.extend((group, self.spool.taken) for group in self._joiner.rest())
+        return True
+
+    def _ready(self, row: Row) -> list[Group]:
+        how = self.how
+        return read_row(row, self._joiner, self.report, how.notes, how.skip)
 
     def _rows(self) -> Iterator[Row]:
         skipped: list[tuple[str, str]] = []
@@ -215,7 +218,6 @@ class RowStream:
             report.kinds[name] = report.kinds.get(name, 0) + number
         for example in examples:
             self._lengths[len(example.ids)] += 1
-            self._slots += slots(example, self.frame.ends)
             report.tokens += len(example.ids)
             report.trained += int(example.trained.sum())
             report.truncated += example.lost > 0

@@ -98,6 +98,8 @@ class Rollouts:
         c, data = self.config, self.ready.data
         policy = join(self.frozen, trained)
         prompts = self.size // c.rollout.group
+        if data.loader is None:
+            raise ValueError("prompts are not read from a stream")
         drawn = data.loader.groups(number * prompts, prompts)
         rows = [i for (i,) in drawn for _ in range(c.rollout.group)]
         seed = seed_of(c.seed, TRAIN_SEED, number)

@@ -39,7 +39,7 @@ def started(
     config.optim.warmup = 0
     config.loss.update(loss)
     ready = prepare(config)
-    trained, frozen = load_variables(config, ready.base, ready.shape, ready.mesh)
+    trained, frozen, _ = load_variables(config, ready.base, ready.shape, ready.mesh)
     add_reference(config, ready, trained, frozen, workdir)
     return ready, frozen
 
@@ -57,6 +57,7 @@ def test_all_references_are_one(tiny_llama: Path, data: Path, tmp_path: Path) ->
     ready, frozen = started(tiny_llama, data, tmp_path, "lora")
     assert REFERENCE[0] not in ready.data.train.values
     loader = ready.data.loader
+    assert loader is not None
     [(batch, groups)] = loader.epoch_groups(4)
     sent = put_batch(batch, batch_sharding(ready.mesh))
     loss = SimpleNamespace(chunk=64, ld_alpha=1.0)
