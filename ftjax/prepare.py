@@ -70,6 +70,9 @@ def prepare(config: Any) -> Prepared:
         weights=not config.model.from_scratch,
     )
     shape = prepare_shape(config, base, mesh)
+    task = task_of(config.task)
+    if task.guided is None:
+        task.make(shape.model, config.loss)  # refuses settings that it does not know
     room = base.spec.max_positions - virtual_count(shape.method)
     data = prepare_data(config, base, room)
     steps = total_steps(config, data.loader.rows_per_epoch)
