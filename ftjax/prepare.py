@@ -79,6 +79,9 @@ def prepare(config: Any) -> Prepared:
     )
     # A mapped step has no mesh inside: each device sees its own rows.
     shape = prepare_shape(config, base, None if config.parallel == "pmap" else mesh)
+    task = task_of(config.task)
+    if task.guided is None:
+        task.make(shape.model, config.loss)  # refuses settings that it does not know
     room = base.spec.max_positions - virtual_count(shape.method)
     data = prepare_data(config, base, room)
     steps = total_steps(config, data.rows)

@@ -130,7 +130,7 @@ def check_sharing(config: Any) -> None:
         raise UserError(
             "a prompt that is read once for both answers is not trained on",
             where="config.data.share_prompt",
-            expected=f"{tasks}, and of them only the answers are trained on",
+            expected=f"one of {tasks}, trained on answers alone",
             got=got,
             fix="--config.data.share_prompt=False",
         )
