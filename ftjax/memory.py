@@ -49,7 +49,7 @@ def estimate(config: Any, shape: Shape, length: int, mesh: Mesh) -> dict[str, in
         "a layer at work": tokens * item * _layer(shape.model.spec)["none"],
         "head, a chunk at a time": _head(config, shape, rows / mesh.size, length),
     }
-    if "rollout" in config:
+    if getattr(config, "rollout", None) is not None:
         sizes["answering: weights and cache"] = _answering(config, shape, length)
     return {**sizes, "total": sum(sizes.values())}
 

@@ -6,6 +6,7 @@ Each run has a process of its own and leaves its own report. The same command co
 a run that is finished is not run again.
 """
 
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,8 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     results = []
     for number, name in enumerate(names, 1):
         say(f"[{number}/{len(names)}] {name}")
-        evals = run(out, name, args.on, args.steps)
-        results.append(result(name, args.on, evals, EVAL_ROWS))
+        evals, kl = run(out, name, args.on, args.steps)
+        results.append(result(name, args.on, evals, EVAL_ROWS, kl))
         write_lines(out / RESULTS, results)
     text = markdown(results)
     (out / "table.md").write_text(text, encoding="utf-8")
@@ -56,12 +57,17 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     return {"runs": results, "results": str(out / RESULTS)}
 
 
-def run(out: Path, name: str, on: str, steps: int) -> list[dict[str, Any]]:
-    """The evaluations of one run, which is run, or continued, if it is not finished."""
-    folder = out / name.replace(" ", "-").lower()
-    evals = evaluations(folder)
-    if evals and evals[-1]["step"] == steps:
-        return evals
+def run(
+    out: Path, name: str, on: str, steps: int
+) -> tuple[list[dict[str, Any]], float | None]:
+    """(evaluations, KL) of one run, which is run, or continued, if it is not finished.
+
+    The KL is the mean over the last quarter of the steps.
+    """
+    folder = out / name.replace(" ", "-").replace(",", "").lower()
+    found = recorded(folder, steps)
+    if found[0] and found[0][-1]["step"] == steps:
+        return found
     task = RUNS[name].task
     command = [sys.executable, "-m", "ftjax.train"]
     command.append(f"--config=configs/{task}.py:model={model_of(on)},method=lora")
@@ -73,12 +79,15 @@ def run(out: Path, name: str, on: str, steps: int) -> list[dict[str, Any]]:
         code = subprocess.call(command, cwd=ROOT, stdout=file, stderr=file)
     if code:
         raise UserError(f"{name} ended with code {code}", where=log)
-    return evaluations(folder)
+    return recorded(folder, steps)
 
 
-def evaluations(folder: Path) -> list[dict[str, Any]]:
+def recorded(folder: Path, steps: int) -> tuple[list[dict[str, Any]], float | None]:
     rows = read_rows(folder / METRICS)
-    return [row for row in rows if row.get("split") == "eval"]
+    evals = [row for row in rows if row.get("split") == "eval"]
+    late = [row for row in rows if row["step"] > steps * 3 // 4]
+    kls = [row["kl"] for row in late if row.get("split") == "train" and "kl" in row]
+    return evals, statistics.mean(kls) if kls else None
 
 
 def define(args: flags.FlagValues) -> None:

@@ -14,7 +14,9 @@ SURE = 2.0  # standard errors
 LINES = ("logps/chosen", "logps/rejected")
 
 
-def result(name: str, on: str, evals: Sequence[Row], rows: int) -> Row:
+def result(
+    name: str, on: str, evals: Sequence[Row], rows: int, kl: float | None = None
+) -> Row:
     """What a run has changed.
 
     Args:
@@ -22,6 +24,7 @@ def result(name: str, on: str, evals: Sequence[Row], rows: int) -> Row:
       on: the set.
       evals: the rows of its metrics that are evaluations, in order.
       rows: that were evaluated: a share of them has an error bar.
+      kl: of a policy that answered itself, from its reference, per token.
     """
     run = RUNS[name]
     before, after = (float(row[run.metric]) for row in (evals[0], evals[-1]))
@@ -43,6 +46,7 @@ def result(name: str, on: str, evals: Sequence[Row], rows: int) -> Row:
         "error": error,
         "rows": rows,
         "learned": learned,
+        "kl": kl,
         "evals": kept,
     }
 
@@ -59,13 +63,15 @@ def read_lines(path: Path) -> list[Row]:
 
 def markdown(results: Sequence[Row]) -> str:
     """The table of the README."""
-    lines = ["| run | metric on held-out rows | before | after | learned |"]
-    lines.append("|---|---|---|---|---|")
+    lines = ["| run | metric on held-out rows | before | after | learned | KL |"]
+    lines.append("|---|---|---|---|---|---|")
     for one in results:
         error = one["error"]
         after = f"{one['after']:.4g}" + (f" ± {error:.2g}" if error else "")
         yes = "yes" if one["learned"] else "no"
-        cells = (one["run"], f"`{one['metric']}`", f"{one['before']:.4g}", after, yes)
+        kl = "" if one["kl"] is None else f"{one['kl']:.3g}"
+        metric, before = f"`{one['metric']}`", f"{one['before']:.4g}"
+        cells = (one["run"], metric, before, after, yes, kl)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -40,7 +40,7 @@ RUNS: dict[str, Run] = {
     "SFT": Run("sft", "loss", -1),
     "reward model": Run("reward", "accuracy_fair", 1, 0.5),
     "DPO": Run("dpo", "rewards/accuracies_fair", 1, 0.5),
-    "KTO": Run("kto", "rewards/chosen", 1),
+    "KTO": Run("kto", "loss", -1),
     "SimPO": Run("simpo", "rewards/margins", 1),
     "SFT on chosen": Run(
         "orpo",
@@ -55,7 +55,19 @@ RUNS: dict[str, Run] = {
         values={"loss.beta": 1.0, "loss.nll_scope": "chosen"},
     ),
 }
-RATES = {"generic": 1e-3, "sft": 1e-3, "reward": 5e-4, "simpo": 3e-4}
+WORDS = {"reward.function": "words", "reward.words": "happy,friend"}
+ONLINE = {
+    "rollout.max_new_tokens": 32,
+    "train.batch_size": 32,
+    "train.log_every": 1,
+    "data.eval_rows": 64,
+}
+RUNS |= {
+    "GRPO": Run("grpo", "reward", 1, values={"loss.beta": 0.02, **ONLINE}),
+    "GRPO, more beta": Run("grpo", "reward", 1, values={"loss.beta": 1.0, **ONLINE}),
+    "PPO": Run("ppo", "reward", 1, values={"rollout.passes": 2, **ONLINE}),
+}
+RATES = {"generic": 1e-3, "sft": 1e-3, "simpo": 3e-4, "grpo": 1e-3, "ppo": 1e-3}
 USUAL_RATE = 5e-4
 
 
@@ -82,6 +94,7 @@ def settings(name: str, on: str, steps: int) -> dict[str, Any]:
     }
     if on == "stories":
         values |= stories(run.task)
+        values |= WORDS if "loss.beta" in run.values or run.task == "ppo" else {}
     return values | run.values
 
 

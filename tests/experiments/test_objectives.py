@@ -48,7 +48,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
     ]
     results.write_lines(tmp_path / "r.jsonl", both)
     assert results.read_lines(tmp_path / "r.jsonl") == both
-    assert "| ORPO | `log_odds_chosen` | 0 | 1 | yes |" in results.markdown(both)
+    assert "| ORPO | `log_odds_chosen` | 0 | 1 | yes |  |" in results.markdown(both)
     results.write_picture(tmp_path / "p.png", both)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
