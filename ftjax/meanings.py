@@ -61,6 +61,11 @@ MEANINGS: dict[str, Meaning] = {
     "nll/pair": Meaning(NATS, -1, "likelihood of the chosen answers of pairs, alone"),
     "nll/answer": Meaning(NATS, -1, "likelihood of the answers to imitate, alone"),
     "nll/text": Meaning(NATS, -1, "likelihood of the plain text, alone"),
+    "tokens/pair": Meaning(
+        PLAIN, 0, "the weight of the pairs' tokens in the likelihood, summed"
+    ),
+    "tokens/answer": Meaning(PLAIN, 0, "the same of the answers to imitate"),
+    "tokens/text": Meaning(PLAIN, 0, "the same of the plain text"),
     "kl": Meaning(PLAIN, 0, "how far the policy is from its reference, nats"),
     "accuracy": Meaning(SHARE, 1, "pairs whose chosen answer has the larger reward"),
     "accuracy_fair": Meaning(SHARE, 1, "the same with ties as one half"),

@@ -59,12 +59,7 @@ def add_reference(
     if other == "base" and method.frozen_is_base and not config.loss.precompute:
         return
     if ready.data.loader is None:
-        raise UserError(
-            "this reference reads all rows before the run; a stream has none yet",
-            where="config.loss.reference, config.data.stream",
-            expected="an adapter over its base as the reference, and precompute=False",
-            fix="--config.data.stream=False",
-        )
+        raise _of_a_stream()
     base = ready.base
     if other != "base":
         base = open_other(other, base, "config.loss.reference")
@@ -86,6 +81,15 @@ def add_reference(
                 reference_sums(say_of, policy, loader, config.loss, ready.mesh, size),
             )
         put_reference(loader, np.load(path, allow_pickle=False))
+
+
+def _of_a_stream() -> UserError:
+    return UserError(
+        "this reference reads all rows before the run; a stream has none yet",
+        where="config.loss.reference, config.data.stream",
+        expected="an adapter over its base as the reference, and precompute=False",
+        fix="--config.data.stream=False",
+    )
 
 
 def make_objective(

@@ -7,7 +7,7 @@ their rows.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.struct
@@ -34,14 +34,20 @@ class Objective:
       loss: of one batch; the policy is what is frozen joined with what is trained.
       over: {term: weights of a batch}: a term's sum is divided by the sum of these over
         the whole step. They come of the data alone, whatever its leading axes.
+      counts: {metric: weights of a batch}: their sums over the whole step, to be told.
     """
 
     loss: Loss
     over: Mapping[str, Callable[[PyTree], Array]]
+    counts: Mapping[str, Callable[[PyTree], Array]] = field(default_factory=dict)
 
     def totals(self, batch: PyTree) -> Totals:
         """What each term is divided by, of a batch or of all the micro-batches."""
         return {term: jnp.sum(weights(batch)) for term, weights in self.over.items()}
+
+    def counted(self, batch: PyTree) -> dict[str, Array]:
+        """What is counted of a batch, or of all the micro-batches."""
+        return {name: jnp.sum(weights(batch)) for name, weights in self.counts.items()}
 
 
 def mean_loss(sums: Sums, totals: Totals) -> Array:
@@ -104,6 +110,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             **sums.metrics(),
+            **objective.counted(batch),
             "weight": jnp.sum(batch["weights"]),
             "grad_norm": norm,
             "skipped": skipped,

@@ -14,15 +14,16 @@ from ftjax.sharding import put_batch
 from ftjax.step import Objective, Totals
 
 PyTree = Any
-SumBatch = Callable[[PyTree, PyTree, PyTree], tuple[Sums, Totals, jax.Array]]
+SumBatch = Callable[[PyTree, PyTree, PyTree], tuple[Sums, Totals, dict[str, jax.Array]]]
 
 
 def make_sum_batch(objective: Objective) -> SumBatch:
-    """Jitted `f(policy, frozen, batch)`: sums, what divides them, trained tokens."""
+    """Jitted `f(policy, frozen, batch)`: sums, what divides them, what is counted."""
 
     def sums(policy: PyTree, frozen: PyTree, batch: PyTree) -> Any:
         found = objective.loss(policy, frozen, batch, None)
-        return found, objective.totals(batch), jnp.sum(batch["weights"])
+        counts = {"tokens": jnp.sum(batch["weights"]), **objective.counted(batch)}
+        return found, objective.totals(batch), counts
 
     return jax.jit(sums)
 
@@ -56,7 +57,8 @@ def evaluate(
     found |= {k: x for k, x in means.items() if not math.isnan(x)}
     most = {k: max(sums.most[k] for sums, _, _ in rows) for k in first.most}
     found |= extremes(most)
-    return {**found, "tokens": int(math.fsum(tokens for _, _, tokens in rows))}
+    counts = {k: math.fsum(counts[k] for _, _, counts in rows) for k in rows[0][2]}
+    return {**found, **counts, "tokens": int(counts["tokens"])}
 
 
 def _ratio(parts: Iterable[tuple[float, float]]) -> float:
