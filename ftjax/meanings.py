@@ -61,6 +61,11 @@ MEANINGS: dict[str, Meaning] = {
     "nll/pair": Meaning(NATS, -1, "likelihood of the chosen answers of pairs, alone"),
     "nll/answer": Meaning(NATS, -1, "likelihood of the answers to imitate, alone"),
     "nll/text": Meaning(NATS, -1, "likelihood of the plain text, alone"),
+    "tokens/pair": Meaning(
+        PLAIN, 0, "the weight of the pairs' tokens in the likelihood, summed"
+    ),
+    "tokens/answer": Meaning(PLAIN, 0, "the same of the answers to imitate"),
+    "tokens/text": Meaning(PLAIN, 0, "the same of the plain text"),
     "reward": Meaning(PLAIN, 1, "what an answer earns, on the mean"),
     "reward_std": Meaning(
         PLAIN,

@@ -7,7 +7,7 @@ their rows.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.struct
@@ -34,14 +34,22 @@ class Objective:
       loss: of one batch; the policy is what is frozen joined with what is trained.
       over: {term: weights of a batch}: a term's sum is divided by the sum of these over
         the whole step. They come of the data alone, whatever its leading axes.
+      counts: {metric: weights of a batch}: their sums over the whole step, to be told.
     """
 
     loss: Loss
     over: Mapping[str, Callable[[PyTree], Array]]
+    counts: Mapping[str, Callable[[PyTree], Array]] = field(default_factory=dict)
 
     def totals(self, batch: PyTree) -> Totals:
         """What each term is divided by, of a batch or of all the micro-batches."""
         return {term: jnp.sum(weights(batch)) for term, weights in self.over.items()}
+
+    def counted(self, batch: PyTree) -> dict[str, Array]:
+        """What is counted of a batch, or of all micro-batches: `trained` tokens too."""
+        found = {name: jnp.sum(of(batch)) for name, of in self.counts.items()}
+        trained = jnp.sum((batch["weights"] != 0).astype(jnp.float32))
+        return {**found, "trained": trained}
 
 
 def mean_loss(sums: Sums, totals: Totals) -> Array:
@@ -94,10 +102,9 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         at = gradient_point(state.opt_state, state.trained)
-        totals = objective.totals(batch)
-        count = jnp.sum((batch["weights"] != 0).astype(jnp.float32))
+        totals, counts = objective.totals(batch), objective.counted(batch)
         if axis:
-            totals, count = jax.lax.psum((totals, count), axis)
+            totals, counts = jax.lax.psum((totals, counts), axis)
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         sums, grads = sum_micro_batches(objective, totals, at, frozen, batch, key)
         if axis:
@@ -115,7 +122,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             **sums.metrics(),
-            "trained": count,
+            **counts,
             "grad_norm": norm,
             "skipped": skipped,
         }

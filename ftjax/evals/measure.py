@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -14,16 +13,15 @@ from ftjax.sharding import put_batch
 from ftjax.step import Objective, Totals
 
 PyTree = Any
-SumBatch = Callable[[PyTree, PyTree, PyTree], tuple[Sums, Totals, jax.Array]]
+SumBatch = Callable[[PyTree, PyTree, PyTree], tuple[Sums, Totals, dict[str, jax.Array]]]
 
 
 def make_sum_batch(objective: Objective) -> SumBatch:
-    """Jitted `f(policy, frozen, batch)`: sums, what divides them, trained tokens."""
+    """Jitted `f(policy, frozen, batch)`: sums, what divides them, what is counted."""
 
     def sums(policy: PyTree, frozen: PyTree, batch: PyTree) -> Any:
         found = objective.loss(policy, frozen, batch, None)
-        tokens = jnp.sum((batch["weights"] != 0).astype(jnp.float32))
-        return found, objective.totals(batch), tokens
+        return found, objective.totals(batch), objective.counted(batch)
 
     return jax.jit(sums)
 
@@ -66,7 +64,9 @@ def evaluate(
     found |= {k: x for k, x in shown.items() if not math.isnan(x)}
     most = {k: max(sums.most[k] for sums, _, _ in rows) for k in first.most}
     found |= extremes(most)
-    return {**found, "tokens": int(math.fsum(tokens for _, _, tokens in rows))}
+    counts = {k: math.fsum(counts[k] for _, _, counts in rows) for k in rows[0][2]}
+    trained = counts.pop("trained")
+    return {**found, **counts, "tokens": int(trained)}
 
 
 def perplexities(

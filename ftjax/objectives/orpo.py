@@ -5,6 +5,7 @@ terms that it can. A pair gives the odds ratio and the likelihood of what is cho
 answer and a text their likelihood.
 """
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -57,7 +58,8 @@ def orpo(model: Decoder, config: Any) -> Objective:
         "nll": lambda batch: nll_weights(batch, config),
         "odds_ratio": lambda batch: batch["pair"],
     }
-    return Objective(loss, over)
+    counts = {f"tokens/{kind}": partial(kind_weights, config, kind) for kind in KINDS}
+    return Objective(loss, over, counts)
 
 
 def nll_weights(batch: PyTree, config: Any) -> Array:
@@ -69,6 +71,12 @@ def nll_weights(batch: PyTree, config: Any) -> Array:
     chosen = jnp.where(member == 0, own, 0)
     single = config.answer_weight * kind["answer"] + config.text_weight * kind["text"]
     return jnp.where(there, chosen * kind["pair"] + answer * single, 0)
+
+
+def kind_weights(config: Any, kind: str, batch: PyTree) -> Array:
+    """The weight in the likelihood of the tokens of one kind of rows: [..., T]."""
+    group, _ = rows.member_of(batch)
+    return nll_weights(batch, config) * rows.of_group(batch[kind], group)
 
 
 def nll_by_kind(logp_BT: Array, weights_BT: Array, batch: PyTree) -> dict[str, Term]:
