@@ -46,7 +46,7 @@ def result(
         "error": error,
         "rows": rows,
         "learned": learned,
-        "kl": kl,
+        "kl": kl if run.task in ("grpo", "ppo") else None,
         "evals": kept,
     }
 
