@@ -94,7 +94,7 @@ def settings(name: str, on: str, steps: int) -> dict[str, Any]:
     }
     if on == "stories":
         values |= stories(run.task)
-        values |= WORDS if "loss.beta" in run.values or run.task == "ppo" else {}
+        values |= WORDS if run.task in ("grpo", "ppo") else {}
     return values | run.values
 
 
