@@ -218,8 +218,9 @@ def _check_pairs(report: DataReport, source: str) -> None:
             "preference",
             where=source,
             got=f"identical: {same}",
-            fix="make the pairs again; or delete the rejected texts, to imitate the "
-            "accepted ones with configs/sft.py",
+            fix="make the pairs again; or delete the worse texts (`rejected_text`, "
+            "`rejected`) and imitate the better ones with configs/sft.py: `text` alone, "
+            "or `chosen` renamed to `completion`",
         )
     if same.count > IDENTICAL_SHARE * rows:
         report.warnings.append(
