@@ -219,7 +219,7 @@ def _check_pairs(report: DataReport, source: str) -> None:
             where=source,
             got=f"identical: {same}",
             fix="make the pairs again; or delete the worse texts (`rejected_text`, "
-            "`rejected`) and imitate the better ones with configs/sft.py: `text` alone, "
+            "`rejected`) and imitate the better with configs/sft.py: `text` alone, "
             "or `chosen` renamed to `completion`",
         )
     if same.count > IDENTICAL_SHARE * rows:
