@@ -43,7 +43,7 @@ def test_a_tied_head_is_no_target(pairs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),  # which is not there
         ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules"),
     ],
     ids=["saved", "targeted"],
