@@ -7,8 +7,8 @@ Rows may be pairs (`prompt`, `chosen`, `rejected`), answers to imitate (`prompt`
 `completion`, or `messages`) and plain `text`, in any order and proportion; also halves
 of pairs (`prompt` with `chosen` or `rejected` alone), joined within `data.join_window`.
 They may come as a stream, from a pipe or a file that grows, with
-`--config.data.train=- --config.data.stream=True --config.train.steps=1000`: what is read
-is kept in the run's folder, so that the same command goes on where it was killed.
+`--config.data.stream=True --config.data.train=- --config.train.steps=1000`: what is
+read is kept in the run's folder, so that the same command goes on after a kill.
 """
 
 from ml_collections import ConfigDict
