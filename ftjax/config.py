@@ -149,6 +149,13 @@ def _check_loss(config: Any) -> None:
             fix="leave it as it is; ORPO imitates prompts by loss.nll_scope",
         )
     loss = config.loss
+    if config.task in COMPARING and loss.get("beta", 1.0) <= 0:
+        raise UserError(
+            "a value outside its range",
+            where="config.loss.beta",
+            expected="a positive number: with 0 no preference has a gradient",
+            got=repr(loss.beta),
+        )
     if config.task == "distill" and loss.nll_weight > 1:
         raise UserError(
             "the likelihood has a share of the loss of distillation",
