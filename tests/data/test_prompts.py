@@ -2,23 +2,15 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ftjax.data.dataset import Dataset, build_dataset
 from ftjax.data.tokenizer import load_tokenizer
+from tests.data.conftest import data_config
 
-RULES = SimpleNamespace(
-    max_length=40,
-    overlong="truncate",
-    completion_only=True,
-    empty_completion="drop",
-    on_bad_row="error",
-    split="train",
-    eval_rows=0,
-)
+RULES = data_config(max_length=40)
 ASK = [{"role": "user", "content": "What is the thing?"}]
 
 
