@@ -16,7 +16,6 @@ from ftjax.data.show import show_group
 from ftjax.errors import UserError
 from ftjax.memory import estimate
 from ftjax.prepare import Prepared, prepare, trainable_rows
-from ftjax.reference import plan_objective
 
 
 def main(args: flags.FlagValues) -> dict[str, Any]:
@@ -25,7 +24,6 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
             "no configuration is named", fix="--config=configs/sft.py:model=PATH"
         )
     ready = prepare(args.config)
-    plan_objective(args.config, ready)  # refuses a loss that cannot be
     data = ready.data.train
     count = min(args.rows, len(data.groups))
     for i in range(count):

@@ -40,9 +40,10 @@ from ftjax.evals.scores import score_rows
 from ftjax.loading import Base, load_base
 from ftjax.methods.heads import SCORE
 from ftjax.objectives.distill import TEACHER
-from ftjax.objectives.tasks import task_of
+from ftjax.objectives.tasks import Task, task_of
 from ftjax.policy import Policy, open_policy
-from ftjax.reference import open_other, put_reference, reference_sums
+from ftjax.prepare import Aim, plan_objective
+from ftjax.reference import put_reference, reference_sums
 from ftjax.rl.player import Player
 from ftjax.rl.setup import open_judge
 from ftjax.run_folder import read_run_config
@@ -196,17 +197,14 @@ def measure(
     loader, rows = _load(args, policy.base, mesh, policy.max_positions, task)
     if tell:
         say(loader.dataset.report.text())
+    aim = plan_objective(task, loss, policy.model, policy.base)
     frozen: Any = {}
-    objective = what.make(policy.model, loss)
     if what.reference is not None:
-        frozen = _reference(what.reference, policy, loader, loss, mesh, rows)
-    if what.guided is not None:
-        other = open_other(loss.teacher, policy.base, "config.loss.teacher")
-        frozen = {TEACHER: load_base(other, jnp.float32, mesh)}
-        teacher = policy.model.clone(spec=other.spec)
-        objective = what.guided(policy.model, teacher, loss)
+        frozen = _reference(what, aim, policy, loader, loss, (mesh, rows))
+    if aim.teacher is not None:
+        frozen = {TEACHER: load_base(aim.teacher, jnp.float32, mesh)}
     found = evaluate(
-        make_sum_batch(objective),
+        make_sum_batch(aim.objective),
         policy.variables,
         frozen,
         loader.epoch(rows),
@@ -236,16 +234,21 @@ def _judged(
 
 
 def _reference(
-    reference: Any, policy: Policy, loader: Loader, loss: Any, mesh: Mesh, rows: int
+    what: Task,
+    aim: Aim,
+    policy: Policy,
+    loader: Loader,
+    loss: Any,
+    where: tuple[Mesh, int],
 ) -> Any:
     """The base's variables; of another reference, its numbers go into the data."""
-    if loss.reference == "base":
+    mesh, rows = where
+    if aim.reference is None or what.reference is None:
         if policy.frozen is not None:
             return policy.frozen
         return load_base(policy.base, jnp.float32, mesh)
-    other = open_other(loss.reference, policy.base, "config.loss.reference")
-    say_of = partial(reference, policy.model.clone(spec=other.spec))
-    weights = load_base(other, jnp.float32, mesh)
+    say_of = partial(what.reference, policy.model.clone(spec=aim.reference.spec))
+    weights = load_base(aim.reference, jnp.float32, mesh)
     put_reference(loader, reference_sums(say_of, weights, loader, loss, mesh, rows))
     return {}
 

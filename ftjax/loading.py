@@ -149,6 +149,40 @@ def check_vocab(spec: ModelSpec, tokenizer_size: int, where: str) -> None:
         )
 
 
+def open_other(name: str, base: Base, key: str) -> Base:
+    """Another checkpoint beside a base, as reference or teacher.
+
+    Raises:
+      UserError: it knows other tokens.
+    """
+    other = open_base(name)
+    require_same_tokens(base, other, "other model", key)
+    return other
+
+
+def require_same_tokens(base: Base, other: Base, what: str, key: str) -> None:
+    """Two models that look at the same ids must mean the same by them.
+
+    Args:
+      base: of the policy.
+      other: the other model; `what` it is, for people.
+      key: of the config, which names it.
+
+    Raises:
+      UserError: another vocabulary, or a tokenizer with other ids.
+    """
+    sizes = [one.spec.vocab_size for one in (base, other)]
+    ids = [one.tokenizer.fingerprint() for one in (base, other)]
+    if sizes[0] != sizes[1] or ids[0] != ids[1]:
+        raise UserError(
+            f"the {what} reads other tokens than the policy",
+            where=f"config.model.path, {key}",
+            expected=f"{base.name}: {sizes[0]:,} ids, tokenizer {ids[0][:12]}",
+            got=f"{other.name}: {sizes[1]:,} ids, tokenizer {ids[1][:12]}",
+            fix="take a model of the same family",
+        )
+
+
 def load_base(
     base: Base,
     dtype: Any,

@@ -86,22 +86,25 @@ def compile_step(objective: Objective, tx: Any, state: TrainState) -> Any:
     return compile_lean(jitted)
 
 
-def map_step(objective: Objective, tx: Any, mesh: Mesh) -> Any:
+def map_step(objective: Objective, tx: Any, state: TrainState) -> Any:
     """The step by `pmap`: every device has all weights, and a part of the rows.
 
     State and weights go in and come out as they are, replicated, so that nothing else
     of a run knows of it; batches are [k, devices, rows, ...].
     """
+    del state
     step = make_train_step(objective, tx, DEVICES)
     mapped = jax.pmap(
-        step,
-        DEVICES,
-        in_axes=(None, None, 1),
-        out_axes=None,
-        devices=list(mesh.devices.flat),
-        donate_argnums=0,
+        step, DEVICES, in_axes=(None, None, 1), out_axes=None, donate_argnums=0
     )
     return compile_lean(mapped)
+
+
+# By `config.parallel`.
+STEPS: dict[str, Callable[[Objective, Any, TrainState], Any]] = {
+    "jit": compile_step,
+    "pmap": map_step,
+}
 
 
 def on_mesh(state: TrainState, mesh: Mesh) -> TrainState:

@@ -27,7 +27,13 @@ from ftjax.data.loader import MULTIPLE, Loader, row_length
 from ftjax.data.report import DataReport
 from ftjax.data.stream import stream_frame
 from ftjax.errors import UserError
-from ftjax.loading import Base, load_base, open_base, stored_formats
+from ftjax.loading import (
+    Base,
+    load_base,
+    open_base,
+    open_other,
+    stored_formats,
+)
 from ftjax.methods.dora import with_magnitudes
 from ftjax.methods.parts import Method, Row
 from ftjax.methods.quant import Plan, plan_quant, stored_plan
@@ -47,6 +53,7 @@ from ftjax.models.spec import ModelSpec
 from ftjax.objectives.tasks import check_sharing, plan_task, task_of
 from ftjax.optimizers.muon import Matrices
 from ftjax.sharding import make_mesh, shard_tree
+from ftjax.step import Objective
 
 PyTree = Any
 
@@ -60,6 +67,7 @@ class Prepared:
     shape: "Shape"
     data: "Data"
     steps: int
+    aim: "Aim"
 
 
 def prepare(config: Any) -> Prepared:
@@ -79,13 +87,53 @@ def prepare(config: Any) -> Prepared:
     )
     # A mapped step has no mesh inside: each device sees its own rows.
     shape = prepare_shape(config, base, None if config.parallel == "pmap" else mesh)
-    task = task_of(config.task)
-    if task.guided is None:
-        task.make(shape.model, config.loss)  # refuses settings that it does not know
+    aim = plan_objective(config.task, config.loss, shape.model, base)
     room = base.spec.max_positions - virtual_count(shape.method)
     data = prepare_data(config, base, room)
     steps = total_steps(config, data.rows)
-    return Prepared(mesh, base, shape, data, steps)
+    return Prepared(mesh, base, shape, data, steps, aim)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a run trains for, before any weight is read.
+
+    `teacher` and `reference` are other models that the objective looks at, if it does.
+    """
+
+    objective: Objective
+    teacher: Base | None = None
+    reference: Base | None = None
+
+
+def plan_objective(name: str, loss: Any, model: Decoder, base: Base) -> Aim:
+    """The objective of a task.
+
+    Args:
+      name: of the task.
+      loss: its settings, `config.loss`.
+      model: of the policy; `base` is what it was made of.
+
+    Raises:
+      UserError: a loss that cannot be; a teacher or a reference with another
+        vocabulary, or no teacher at all.
+    """
+    task, reference = task_of(name), getattr(loss, "reference", "base")
+    other = None
+    if reference != "base":
+        other = open_other(reference, base, "config.loss.reference")
+    if task.guided is None:
+        return Aim(task.make(model, loss), reference=other)
+    if not loss.teacher:
+        raise UserError(
+            "there is no teacher",
+            where="config.loss.teacher",
+            expected="a checkpoint, a preset or a Hub name",
+            fix="--config.loss.teacher=DIR",
+        )
+    teacher = open_other(loss.teacher, base, "config.loss.teacher")
+    guide = model.clone(spec=teacher.spec, remat="none")
+    return Aim(task.guided(model, guide, loss), teacher)
 
 
 @dataclass

@@ -9,7 +9,6 @@ never a second model in memory. A teacher is one, of its own size.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,13 @@ from jax.sharding import Mesh
 from ftjax.console import say
 from ftjax.data.loader import Loader
 from ftjax.errors import UserError
-from ftjax.loading import Base, load_base, open_base
+from ftjax.loading import Base, load_base
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.distill import TEACHER
 from ftjax.objectives.dpo import REFERENCE
 from ftjax.objectives.tasks import task_of
 from ftjax.prepare import Prepared
 from ftjax.sharding import batch_sharding, put_batch
-from ftjax.step import Objective
 from ftjax.weights import join
 
 PyTree = Any
@@ -51,19 +49,17 @@ def add_reference(
       workdir: of the run.
 
     Raises:
-      UserError: another reference with another vocabulary or tokenizer.
+      UserError: the rows come as a stream, which has not come yet.
     """
     task = task_of(config.task)
     if task.reference is None:
         return
-    other, method = config.loss.reference, ready.shape.method
-    if other == "base" and method.frozen_is_base and not config.loss.precompute:
+    other, method = ready.aim.reference, ready.shape.method
+    if other is None and method.frozen_is_base and not config.loss.precompute:
         return
     if ready.data.loader is None:
         raise _of_a_stream()
-    base = ready.base
-    if other != "base":
-        base = open_other(other, base, "config.loss.reference")
+    base = other or ready.base
     model = Decoder(base.spec, dtype=ready.shape.dtype, mesh=ready.mesh)
     size = config.train.batch_size // config.train.accumulate
     loaders = {"train": ready.data.loader, "eval": ready.data.eval_loader}
@@ -76,75 +72,19 @@ def add_reference(
             if policy is None:
                 policy = _variables(base, ready, trained, frozen)
             say(f"the reference reads the {split} data, once")
+            how = config.loss, ready.mesh, size
             say_of = partial(task.reference, model)
-            _save(
-                path,
-                reference_sums(say_of, policy, loader, config.loss, ready.mesh, size),
-            )
+            _save(path, reference_sums(say_of, policy, loader, *how))
         put_reference(loader, np.load(path, allow_pickle=False))
 
 
-@dataclass(frozen=True)
-class Aim:
-    """What a run trains for, before any weight is read.
-
-    `teacher` is the other model that the objective looks at, if it has one.
-    """
-
-    objective: Objective
-    teacher: Base | None = None
-
-
-def plan_objective(config: Any, ready: Prepared) -> Aim:
-    """The objective of a run.
-
-    Raises:
-      UserError: a loss that cannot be; a teacher or a reference with another
-        vocabulary, or no teacher at all.
-    """
-    task, model, loss = task_of(config.task), ready.shape.model, config.loss
-    if loss.get("reference", "base") != "base":
-        open_other(loss.reference, ready.base, "config.loss.reference")
-    if task.guided is None:
-        return Aim(task.make(model, loss))
-    if not loss.teacher:
-        raise UserError(
-            "there is no teacher",
-            where="config.loss.teacher",
-            expected="a checkpoint, a preset or a Hub name",
-            fix="--config.loss.teacher=DIR",
-        )
-    other = open_other(loss.teacher, ready.base, "config.loss.teacher")
-    teacher = Decoder(other.spec, dtype=ready.shape.dtype, mesh=model.mesh)
-    return Aim(task.guided(model, teacher, loss), other)
-
-
-def with_teacher(aim: Aim, ready: Prepared, frozen: PyTree) -> PyTree:
+def with_teacher(ready: Prepared, frozen: PyTree) -> PyTree:
     """What is frozen, with the weights of the teacher, if there is one."""
-    if aim.teacher is None:
+    teacher = ready.aim.teacher
+    if teacher is None:
         return frozen
-    weights = load_base(aim.teacher, ready.shape.param_dtype, ready.mesh)
+    weights = load_base(teacher, ready.shape.param_dtype, ready.mesh)
     return {**frozen, TEACHER: weights}
-
-
-def open_other(name: str, base: Base, key: str) -> Base:
-    """Another checkpoint, as reference or teacher: it must know the same tokens.
-
-    Raises:
-      UserError: another vocabulary, or a tokenizer with other ids.
-    """
-    other = open_base(name)
-    sizes = [one.spec.vocab_size for one in (base, other)]
-    ids = [one.tokenizer.fingerprint() for one in (base, other)]
-    if sizes[0] != sizes[1] or ids[0] != ids[1]:
-        raise UserError(
-            "the other model reads other tokens than the policy",
-            where=f"config.model.path, {key}",
-            expected=f"{base.name}: {sizes[0]:,} ids, tokenizer {ids[0][:12]}",
-            got=f"{other.name}: {sizes[1]:,} ids, tokenizer {ids[1][:12]}",
-            fix="take a model of the same family",
-        )
-    return other
 
 
 def _of_a_stream() -> UserError:
@@ -190,10 +130,17 @@ def put_reference(loader: Loader, found: np.ndarray) -> None:
 
 
 def _variables(base: Base, ready: Prepared, trained: PyTree, frozen: PyTree) -> PyTree:
-    """The base without its update, or another checkpoint's weights."""
+    """The base without its update, or another checkpoint's weights.
+
+    An update that was taken off the base (PiSSA) left something else: that base is read
+    again. Others begin beside it, at zero or not (virtual tokens, LoftQ).
+    """
+    shape = ready.shape
     if base is not ready.base:
-        return load_base(base, ready.shape.param_dtype, ready.mesh)
-    # An update may begin away from the base: virtual tokens, LoftQ.
+        return load_base(base, shape.param_dtype, ready.mesh)
+    if shape.method.begin is not None:
+        formats = shape.formats
+        return load_base(base, shape.param_dtype, ready.mesh, formats=formats)
     weights = {name: x for name, x in trained.items() if name == "params"}
     return join(frozen, weights)
 
@@ -201,10 +148,8 @@ def _variables(base: Base, ready: Prepared, trained: PyTree, frozen: PyTree) -> 
 def _key(config: Any, base: Base, loader: Loader) -> str:
     facts = {
         "base": base.hash,
-        "own": config.loss.reference == "base",
-        "quant": config.quant.to_dict(),
-        "init": [config.method.to_dict(), config.seed],
-        "dtype": config.model.dtype,
+        "quant": config.quant.to_dict() if config.loss.reference == "base" else None,
+        "dtype": [config.model.dtype, config.model.param_dtype],
         "data": loader.dataset.fingerprint(),
         "ld_alpha": config.loss.get("ld_alpha", 1.0),
     }

@@ -26,7 +26,7 @@ from ftjax.errors import EXIT_DIVERGED, Stopped, UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
 from ftjax.loading import Base, public_name
-from ftjax.loop import Clock, compile_step, map_step, on_mesh, run_steps
+from ftjax.loop import STEPS, Clock, on_mesh, run_steps
 from ftjax.methods.freeze import trained_names
 from ftjax.methods.residual import beyond
 from ftjax.methods.several import Update
@@ -35,7 +35,7 @@ from ftjax.models.proj import find_sites
 from ftjax.objectives.tasks import task_of
 from ftjax.optim import make_optimizer, make_schedule
 from ftjax.prepare import Prepared, Shape, load_variables, prepare
-from ftjax.reference import add_reference, plan_objective, with_teacher
+from ftjax.reference import add_reference, with_teacher
 from ftjax.report import write_report
 from ftjax.rl.player import shown_table
 from ftjax.rl.rollouts import Rollouts
@@ -79,7 +79,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             say(f"changed since the run began: {change}")
         c, ready = config.train, prepare(config)
         mesh, base, data, steps = ready.mesh, ready.base, ready.data, ready.steps
-        shape, aim = ready.shape, plan_objective(config, ready)
+        shape = ready.shape
         say(describe.plan(config, ready))
 
         checkpoints = Checkpoints(
@@ -111,13 +111,8 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         if first:
             done = first >= supply.last
             say(f"{'done already:' if done else 'continuing after'} step {first}")
-        objective, frozen = aim.objective, with_teacher(aim, ready, frozen)
-        by_map = config.parallel == "pmap"
-        step_fn = (
-            map_step(objective, tx, mesh)
-            if by_map
-            else compile_step(objective, tx, state)
-        )
+        frozen, objective = with_teacher(ready, frozen), ready.aim.objective
+        step_fn = STEPS[config.parallel](objective, tx, state)
         rate = make_schedule(config.optim, steps)
 
         def due(step: int, every: int) -> bool:
@@ -166,10 +161,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
                     score = look.evaluate(step, state.trained)
                     better = score is not None and not score >= meta["best"]
                     meta["best"] = score if better else meta["best"]
-                kept = better and c.keep_best > 0
-                if due(step, c.save_every) or kept or supply.halts(step):
+                kept, halts = better and c.keep_best > 0, supply.halts(step)
+                if due(step, c.save_every) or kept or halts:
                     save(score)
-                if supply.halts(step) and step < supply.last:
+                if halts and step < supply.last:
                     break
                 clock.restart()
             step = int(state.step)

@@ -6,9 +6,13 @@ import jax.numpy as jnp
 
 from ftjax.losses.grpo import token_loss
 from ftjax.losses.sums import Sums
-from ftjax.losses.token_logps import token_logps
-from ftjax.models.decoder import Decoder, hidden_and_head
-from ftjax.objectives.online import old_and_reference, row_metrics, token_metrics
+from ftjax.models.decoder import Decoder
+from ftjax.objectives.online import (
+    old_and_reference,
+    read,
+    row_metrics,
+    token_metrics,
+)
 from ftjax.step import Objective
 
 PyTree = Any
@@ -29,15 +33,7 @@ def grpo(model: Decoder, config: Any) -> Objective:
 
     def loss(policy: PyTree, frozen: PyTree, batch: PyTree, key: Any = None) -> Sums:
         del frozen
-        hidden, head = hidden_and_head(model, policy, batch, key)
-        tokens = token_logps(
-            hidden,
-            head,
-            batch["targets"],
-            batch["weights"],
-            config.chunk,
-            temperature=config.temperature,
-        )
+        _, tokens = read(model, policy, batch, config, key)
         old, reference = old_and_reference(tokens.logp_BT, batch)
         each = token_loss(
             tokens.logp_BT,

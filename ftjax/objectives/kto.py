@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ftjax.errors import UserError
 from ftjax.losses.kto import apo_zero_unpaired, kto, metrics, reference_point
-from ftjax.losses.sums import Sums, Term
+from ftjax.losses.sums import Sums
 from ftjax.models.decoder import Decoder
 from ftjax.objectives import rows
 from ftjax.objectives.dpo import REFERENCE
@@ -61,11 +61,9 @@ def rated(model: Decoder, config: Any) -> Objective:
             each = kto(ratio_BU, label, z0, beta=config.beta, **weights)
         else:
             each = apo_zero_unpaired(ratio_BU, label, beta=config.beta, **weights)
-        found = metrics(ratio_BU, own[..., 0], label, real, beta=config.beta)
-        means = {k: Term(jnp.sum(m.value * m.weight), jnp.sum(m.weight))
-                 for k, m in found.items()}  # fmt: skip
-        count = jnp.sum(there)
-        means["kl"] = Term(z0 * count, count)
+        told = metrics(ratio_BU, own[..., 0], label, real, beta=config.beta)
+        means = {name: rows.mean(*parts) for name, parts in told.items()}
+        means["kl"] = rows.mean(z0, there)
         return Sums({"rated": jnp.sum(each * there)}, means, {})
 
     return Objective(loss, {"rated": lambda batch: batch["rated"]})

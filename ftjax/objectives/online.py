@@ -13,12 +13,27 @@ import jax.numpy as jnp
 
 from ftjax.losses.policy import clip_metrics, k3
 from ftjax.losses.sums import Term
-from ftjax.losses.token_logps import TokenLogps
+from ftjax.losses.token_logps import TokenLogps, token_logps
+from ftjax.models.decoder import Decoder, hidden_and_head
+from ftjax.objectives import rows
 from ftjax.weights import Array
 
 PyTree = Any
 METRIC = "metric/"
 LENGTH = "completions/mean_length"
+
+
+def read(
+    model: Decoder, variables: PyTree, batch: PyTree, loss: Any, key: Any = None
+) -> tuple[Array, TokenLogps]:
+    """(hidden states, log-probabilities at the temperature of sampling) of the rows.
+
+    Args:
+      loss: `config.loss`: chunk, temperature.
+    """
+    hidden, head = hidden_and_head(model, variables, batch, key)
+    looked = batch["targets"], batch["weights"], loss.chunk
+    return hidden, token_logps(hidden, head, *looked, temperature=loss.temperature)
 
 
 def old_and_reference(logp_BT: Array, batch: PyTree) -> tuple[Array, Array]:
@@ -41,8 +56,7 @@ def token_metrics(
     values["entropy"] = tokens.entropy_BT
     if "ref_logp" in batch:
         values["kl"] = k3(logp, reference)
-    total = jnp.sum(weights_BT)
-    return {name: Term(jnp.sum(x * weights_BT), total) for name, x in values.items()}
+    return rows.means(values, weights_BT)
 
 
 def row_metrics(batch: PyTree) -> tuple[dict[str, Term], dict[str, Array]]:

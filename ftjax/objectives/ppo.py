@@ -11,10 +11,14 @@ import jax.numpy as jnp
 from ftjax.losses.policy import clipped
 from ftjax.losses.ppo import value_loss
 from ftjax.losses.sums import Sums, Term
-from ftjax.losses.token_logps import token_logps
 from ftjax.methods.heads import read_head
-from ftjax.models.decoder import Decoder, hidden_and_head
-from ftjax.objectives.online import old_and_reference, row_metrics, token_metrics
+from ftjax.models.decoder import Decoder
+from ftjax.objectives.online import (
+    old_and_reference,
+    read,
+    row_metrics,
+    token_metrics,
+)
 from ftjax.step import Objective
 
 PyTree = Any
@@ -37,16 +41,8 @@ def ppo(model: Decoder, config: Any) -> Objective:
 
     def loss(policy: PyTree, frozen: PyTree, batch: PyTree, key: Any = None) -> Sums:
         del frozen
-        hidden, head = hidden_and_head(model, policy, batch, key)
+        hidden, tokens = read(model, policy, batch, config, key)
         weights = batch["weights"]
-        tokens = token_logps(
-            hidden,
-            head,
-            batch["targets"],
-            weights,
-            config.chunk,
-            temperature=config.temperature,
-        )
         old, _ = old_and_reference(tokens.logp_BT, batch)
         gain = clipped(tokens.logp_BT, old, batch["advantage"], **clip)
         value = read_head(hidden, policy[VALUE])

@@ -81,8 +81,12 @@ def chosen_weights(batch: PyTree) -> Array:
 
 def means(values: Mapping[str, Array], weights: Array) -> dict[str, Term]:
     """A metric per pair as sums over all of them."""
-    total = jnp.sum(weights)
-    return {name: Term(jnp.sum(x * weights), total) for name, x in values.items()}
+    return {name: mean(x, weights) for name, x in values.items()}
+
+
+def mean(values: Array, weights: Array) -> Term:
+    """A metric as a sum over all that it is about."""
+    return Term(jnp.sum(values * weights), jnp.sum(weights))
 
 
 def side_metrics(tokens: TokenLogps, batch: PyTree) -> dict[str, Term]:
@@ -96,9 +100,6 @@ def side_metrics(tokens: TokenLogps, batch: PyTree) -> dict[str, Term]:
     group, member = member_of(batch)
     worse = (member == 1) & (of_group(batch["pair"], group) > 0)
     rejected = jnp.where(worse, weights, 0)
-
-    def mean(x_BT: Array, w_BT: Array) -> Term:
-        return Term(jnp.sum(x_BT * w_BT), jnp.sum(w_BT))
 
     return {
         "logits/chosen": mean(tokens.mean_logit_BT, chosen),

@@ -17,7 +17,7 @@ from ftjax.data.loader import MULTIPLE
 from ftjax.data.schema import Conversation
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.errors import UserError
-from ftjax.loading import Base
+from ftjax.loading import Base, require_same_tokens
 from ftjax.objectives.reward import HEAD, scores
 from ftjax.objectives.tasks import task_of
 from ftjax.policy import base_of_run, open_policy
@@ -119,13 +119,4 @@ def _check_run(run: str, base: Base) -> None:
             got=f"a run of {task}",
         )
     other = base_of_run(config, lambda _: None)
-    sizes = [one.spec.vocab_size for one in (base, other)]
-    ids = [one.tokenizer.fingerprint() for one in (base, other)]
-    if sizes[0] != sizes[1] or ids[0] != ids[1]:
-        raise UserError(
-            "the reward model reads other tokens than the policy",
-            where=f"config.model.path, {WHERE}",
-            expected=f"{base.name}: {sizes[0]:,} ids, tokenizer {ids[0][:12]}",
-            got=f"{other.name}: {sizes[1]:,} ids, tokenizer {ids[1][:12]}",
-            fix="train a reward model on a base of the same family",
-        )
+    require_same_tokens(base, other, "reward model", WHERE)

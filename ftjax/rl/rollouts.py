@@ -15,11 +15,11 @@ from ftjax.console import warn
 from ftjax.data.loader import Batch
 from ftjax.data.order import permutation
 from ftjax.errors import EXIT_DIVERGED, UserError
+from ftjax.loop import micro_batches
 from ftjax.losses.policy import k3
-from ftjax.losses.token_logps import token_logps
 from ftjax.methods.heads import read_head
-from ftjax.models.decoder import Decoder, hidden_and_head
-from ftjax.objectives.online import METRIC
+from ftjax.models.decoder import Decoder
+from ftjax.objectives.online import METRIC, read
 from ftjax.objectives.ppo import VALUE
 from ftjax.objectives.tasks import task_of
 from ftjax.prepare import Prepared
@@ -86,7 +86,7 @@ class Rollouts:
         rows = {name: x[chosen] for name, x in self._rows.items()}
         if not self.critic:
             rows |= shares(rows["weights"], c.loss, k, c.rollout.max_new_tokens)
-        return {n: x.reshape(k, count // k, *x.shape[1:]) for n, x in rows.items()}
+        return micro_batches(rows, k)
 
     def rollout(self, number: int, trained: PyTree) -> Batch:
         """The rows of a whole rollout, leaves [n, ...].
@@ -191,18 +191,10 @@ def make_score(model: Decoder, config: Any) -> Any:
     """
 
     def score(variables: PyTree, batch: PyTree) -> dict[str, jax.Array]:
-        hidden, head = hidden_and_head(model, variables, batch)
-        found = {}
+        hidden, tokens = read(model, variables, batch, config)
+        found = {"logp": tokens.logp_BT}
         if VALUE in variables:
             found["value"] = read_head(hidden, variables[VALUE]) * batch["weights"]
-        tokens = token_logps(
-            hidden,
-            head,
-            batch["targets"],
-            batch["weights"],
-            config.chunk,
-            temperature=config.temperature,
-        )
-        return {"logp": tokens.logp_BT, **found}
+        return found
 
     return score

@@ -86,16 +86,6 @@ THEIRS: dict[str, dict[str, Any]] = {
     },
 }
 
-USUAL: dict[str, Any] = {
-    "targets": "all-linear",
-    "rank": 4,
-    "alpha": 8.0,
-    "rank_pattern": "",
-    "alpha_pattern": "",
-    "use_rslora": False,
-    "dropout": 0.0,
-}
-
 # What ftjax writes, for peft to read: the `method` section of a config.
 OURS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -266,8 +256,6 @@ def ours(folder: Path) -> None:
 
 def taken(base: Path, spec: Any, name: str) -> tuple[Any, ...]:
     """(model, plan, collection, rest of the base, plain update), after noise."""
-    from types import SimpleNamespace
-
     import jax
     import jax.numpy as jnp
 
@@ -275,9 +263,10 @@ def taken(base: Path, spec: Any, name: str) -> tuple[Any, ...]:
     from ftjax.methods.method import plan_method
     from ftjax.methods.residual import beyond
     from ftjax.models.decoder import Decoder
+    from tests.models_small import lora_config
 
     model = Decoder(spec)
-    method = plan_method(model, SimpleNamespace(name="lora", **USUAL | TAKEN[name]))
+    method = plan_method(model, lora_config(name="lora", **TAKEN[name]))
     assert method.begin is not None and method.lora is not None
     begun = method.begin({}, {})
     weights = open_weights(base, spec)
@@ -305,8 +294,6 @@ def random_adapter(
 
     So are the magnitudes of DoRA, which needs the base's weights.
     """
-    from types import SimpleNamespace
-
     import jax
     import jax.numpy as jnp
 
@@ -315,9 +302,10 @@ def random_adapter(
     from ftjax.models.decoder import Decoder
     from ftjax.models.proj import find_sites
     from ftjax.weights import Delta
+    from tests.models_small import lora_config
 
     model = Decoder(spec)
-    plan = plan_lora(find_sites(model), SimpleNamespace(**(USUAL | settings)))
+    plan = plan_lora(find_sites(model), lora_config(**settings))
     rng = np.random.default_rng(0)
 
     def fill(delta: Delta) -> Delta:

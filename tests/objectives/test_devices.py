@@ -102,7 +102,7 @@ def test_mapped(name: str) -> None:
     placed = jax.device_put(jax.tree.map(jnp.copy, frozen), whole)
     trained = jax.device_put(trained_of(name), whole)
     state = on_mesh(init_state(trained, optimizer(), 0), mesh)
-    step = map_step(objective(name, policy()[0]), optimizer(), mesh)
+    step = map_step(objective(name, policy()[0]), optimizer(), state)
     split = {k: x.reshape(1, 4, -1, *x.shape[1:]) for k, x in batch_of(name).items()}
     sent = put_batch(split, batch_sharding(mesh, leading=1))
     for _ in range(STEPS):

@@ -30,14 +30,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(
-    model: Path, data: Path, workdir: Path, method: str, **loss: Any
+    model: Path, data: Path, workdir: Path, method: str, **changes: Any
 ) -> tuple[Prepared, Any]:
     """(what a run has prepared, what of it is frozen), after its reference was read."""
     config = dpo_config.get_config(f"model={model},method={method}")
     config.data.update({"train": str(data), "eval": "", "max_length": 64})
     config.train.update({"steps": 2, "batch_size": 4})
     config.optim.warmup = 0
-    config.loss.update(loss)
+    if init := changes.pop("init", None):
+        config.method.init = init
+    config.loss.update(changes)
     ready = prepare(config)
     trained, frozen, _ = load_variables(config, ready.base, ready.shape, ready.mesh)
     add_reference(config, ready, trained, frozen, workdir)
@@ -51,7 +53,7 @@ def numbers(ready: Prepared) -> np.ndarray:
 
 
 def test_all_references_are_one(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    """In the step, known before, from a copy of the model, of virtual tokens."""
+    """In the step, known before, of a copy, and where the base is trained or apart."""
     copy = tmp_path / "copy"
     shutil.copytree(tiny_llama, copy)
     ready, frozen = started(tiny_llama, data, tmp_path, "lora")
@@ -66,13 +68,16 @@ def test_all_references_are_one(tiny_llama: Path, data: Path, tmp_path: Path) ->
     for row, members in enumerate(groups):
         expected[members] = np.asarray(sums)[row, : len(members)]
     assert (expected < 0).all()
-    others: dict[str, dict[str, Any]] = {
-        "lora": {"precompute": True},
-        "full": {},
-        "prompt": {"precompute": True},
-        "freeze": {"reference": str(copy)},
+    others: dict[str, tuple[str, dict[str, Any]]] = {
+        "precomputed": ("lora", {"precompute": True}),
+        "full": ("full", {}),
+        "prompt": ("prompt", {"precompute": True}),
+        "copy": ("freeze", {"reference": str(copy)}),
+        "pissa": ("lora", {"init": "pissa"}),
     }
-    for method, changes in others.items():
-        found, _ = started(tiny_llama, data, tmp_path, method, **changes)
-        np.testing.assert_allclose(numbers(found), expected, rtol=1e-5, err_msg=method)
-    assert len(list((tmp_path / "reference").glob("train-*.npy"))) == 4
+    for name, (method, changes) in others.items():
+        workdir = tmp_path / f"run-{name}"
+        workdir.mkdir()
+        found, _ = started(tiny_llama, data, workdir, method, **changes)
+        np.testing.assert_allclose(numbers(found), expected, rtol=1e-5, err_msg=name)
+        assert len(list((workdir / "reference").glob("train-*.npy"))) == 1
