@@ -32,77 +32,16 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c = ConfigDict()
     c.task = ""
     c.seed = 0
-
-    c.model = ConfigDict()
-    c.model.path = arg.model  # 'base', a directory, a preset, or a Hub name
-    c.model.revision = "main"  # of a Hub name
-    c.model.dtype = (
-        "auto"  # of the computation: float32, bfloat16; auto: bf16 on GPU/TPU
-    )
-    c.model.param_dtype = "auto"  # storage of frozen weights; auto: as the computation
-    c.model.norm_dtype = "auto"  # storage of frozen norms; auto: as param_dtype
-    c.model.head_dtype = "auto"  # of the frozen head (tied: the embedding); the same
-    c.model.remat = "none"  # none, dots, full: what the backward pass computes again
-    c.model.from_scratch = False  # random weights of the same shape
-
+    c.model = model_config(arg.model)
     c.method = method_config(arg.method)
     c.quant = quant_config(arg.method)
-
-    c.data = ConfigDict()
-    c.data.train = ""  # a .jsonl(.gz), .json, .parquet or .txt file, pydoc:..., a name
-    c.data.eval = "auto"  # the same; empty: none; auto: pydoc's for pydoc, else none
-    c.data.split = "train"  # of a `datasets` name
-    c.data.max_length = 0  # tokens per row; 0: 1024, or the model's positions if fewer
-    c.data.separator = ""  # of the texts in a .txt; see configs/generic.py
-    c.data.overlong = "truncate"  # truncate (keeps the start), drop, error, split
-    c.data.join = False  # texts in one stream: windows of max_length, no borders
-    c.data.packing = True  # several examples per row, kept apart by segments
-    c.data.share_prompt = False  # of pairs: the prompt once, before both answers
-    c.data.completion_only = True  # False: train on the prompt too
-    c.data.empty_completion = "drop"  # drop, error
-    c.data.on_bad_row = "error"  # error, skip
-    c.data.chat_template = ""  # a jinja file instead of the tokenizer's own
-    c.data.shuffle = True
-    # A stream is a .jsonl file that may still grow, a named pipe or - (standard input),
-    # read once, in its own order, until train.steps or its end.
-    c.data.stream = False
-    c.data.stream_wait = 10.0  # seconds without a new byte that end a growing file
-    c.data.eval_rows = 0  # at most so many rows of eval; 0: all
-    # Rows with a `prompt` and `chosen` alone, or `rejected` alone, are joined to pairs
-    # where their prompts are equal and they stand at most so many rows apart.
-    c.data.join_window = 1000  # 0: none is joined
+    c.data = data_config()
 
     c.loss = ConfigDict()  # a task adds its own keys
     c.loss.chunk = 64  # positions per row that the head handles at a time
 
-    c.optim = ConfigDict()
-    c.optim.name = "adamw"  # adamw8bit, adafactor, lion, muon, schedule_free
-    c.optim.lr = 1e-4  # lion wants a tenth of it
-    c.optim.b_lr_ratio = 1.0  # LoRA+: the rate of LoRA's b over that of a
-    c.optim.schedule = "cosine"  # constant, linear, cosine, wsd
-    c.optim.warmup = 10  # steps
-    c.optim.decay = 0.2  # of wsd alone: the share of the steps, at the end, that fall
-    c.optim.final = 0.1  # of lr, at the last step; not of constant
-    c.optim.b1 = -1.0  # -1: as usual, for these three; not of adafactor
-    c.optim.b2 = -1.0  # not of adafactor
-    c.optim.eps = -1.0  # not of adafactor and lion
-    c.optim.weight_decay = 0.0
-    c.optim.clip_norm = 1.0  # 0: no clipping
-
-    c.train = ConfigDict()
-    c.train.steps = placeholder(int)  # steps or epochs, not both; neither: one epoch
-    c.train.epochs = placeholder(float)
-    c.train.batch_size = 8  # rows per optimizer step, over all devices
-    c.train.accumulate = 1  # micro-batches that a step is cut into
-    c.train.log_every = 10
-    c.train.eval_every = 100  # 0: at the start and the end only
-    c.train.save_every = 100
-    c.train.sample_every = 100  # 0: at the start and the end only
-    c.train.sample_rows = 3  # prompts of the eval rows to answer; 0: none
-    c.train.sample_tokens = 64  # tokens per answer
-    c.train.keep_last = 2  # checkpoints
-    c.train.keep_best = 1  # by eval loss
-    c.train.max_skipped = 10  # updates left out in a row before the run gives up
+    c.optim = optim_config()
+    c.train = train_config()
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: the devices that are left
@@ -114,6 +53,20 @@ def base_config(arg: ConfigDict) -> ConfigDict:
     c.log.wandb = False
     c.log.wandb_project = "ftjax"
     return c
+
+
+def model_config(path: str) -> ConfigDict:
+    """Which model, and how its numbers are stored."""
+    model = ConfigDict()
+    model.path = path  # 'base', a directory, a preset, or a Hub name
+    model.revision = "main"  # of a Hub name
+    model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bf16 on GPU/TPU
+    model.param_dtype = "auto"  # storage of frozen weights; auto: as the computation
+    model.norm_dtype = "auto"  # storage of frozen norms; auto: as param_dtype
+    model.head_dtype = "auto"  # of the frozen head (tied: the embedding); the same
+    model.remat = "none"  # none, dots, full: what the backward pass computes again
+    model.from_scratch = False  # random weights of the same shape
+    return model
 
 
 def method_config(name: str) -> ConfigDict:
@@ -173,3 +126,68 @@ def quant_config(method: str) -> ConfigDict:
     quant.targets = "all-linear"  # or regexes of projections; the rest stays float
     quant.pattern = ""  # regex=format,...: the first that matches wins; none: float
     return quant
+
+
+def data_config() -> ConfigDict:
+    """Where the rows come from, and how they become tokens."""
+    data = ConfigDict()
+    data.train = ""  # a .jsonl(.gz), .json, .parquet or .txt file, pydoc:..., a name
+    data.eval = "auto"  # the same; empty: none; auto: pydoc's for pydoc, else none
+    data.split = "train"  # of a `datasets` name
+    data.max_length = 0  # tokens per row; 0: 1024, or the model's positions if fewer
+    data.separator = ""  # of the texts in a .txt; see configs/generic.py
+    data.overlong = "truncate"  # truncate (keeps the start), drop, error, split
+    data.join = False  # texts in one stream: windows of max_length, no borders
+    data.packing = True  # several examples per row, kept apart by segments
+    data.share_prompt = False  # of pairs: the prompt once, before both answers
+    data.completion_only = True  # False: train on the prompt too
+    data.empty_completion = "drop"  # drop, error
+    data.on_bad_row = "error"  # error, skip
+    data.chat_template = ""  # a jinja file instead of the tokenizer's own
+    data.shuffle = True
+    # A stream is a .jsonl file that may still grow, a named pipe or - (standard input),
+    # read once, in its own order, until train.steps or its end.
+    data.stream = False
+    data.stream_wait = 10.0  # seconds without a new byte that end a growing file
+    data.eval_rows = 0  # at most so many rows of eval; 0: all
+    # Rows with a `prompt` and `chosen` alone, or `rejected` alone, are joined to pairs
+    # where their prompts are equal and they stand at most so many rows apart.
+    data.join_window = 1000  # 0: none is joined
+    return data
+
+
+def optim_config() -> ConfigDict:
+    """The update, and how its rate changes."""
+    optim = ConfigDict()
+    optim.name = "adamw"  # adamw8bit, adafactor, lion, muon, schedule_free
+    optim.lr = 1e-4  # lion wants a tenth of it
+    optim.b_lr_ratio = 1.0  # LoRA+: the rate of LoRA's b over that of a
+    optim.schedule = "cosine"  # constant, linear, cosine, wsd
+    optim.warmup = 10  # steps
+    optim.decay = 0.2  # of wsd alone: the share of the steps, at the end, that fall
+    optim.final = 0.1  # of lr, at the last step; not of constant
+    optim.b1 = -1.0  # -1: as usual, for these three; not of adafactor
+    optim.b2 = -1.0  # not of adafactor
+    optim.eps = -1.0  # not of adafactor and lion
+    optim.weight_decay = 0.0
+    optim.clip_norm = 1.0  # 0: no clipping
+    return optim
+
+
+def train_config() -> ConfigDict:
+    """How long, in what parts, and what is done on the way."""
+    train = ConfigDict()
+    train.steps = placeholder(int)  # steps or epochs, not both; neither: one epoch
+    train.epochs = placeholder(float)
+    train.batch_size = 8  # rows per optimizer step, over all devices
+    train.accumulate = 1  # micro-batches that a step is cut into
+    train.log_every = 10
+    train.eval_every = 100  # 0: at the start and the end only
+    train.save_every = 100
+    train.sample_every = 100  # 0: at the start and the end only
+    train.sample_rows = 3  # prompts of the eval rows to answer; 0: none
+    train.sample_tokens = 64  # tokens per answer
+    train.keep_last = 2  # checkpoints
+    train.keep_best = 1  # by eval loss
+    train.max_skipped = 10  # updates left out in a row before the run gives up
+    return train

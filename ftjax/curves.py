@@ -34,8 +34,9 @@ class Series:
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """A centred average with exponential weights, over about a twentieth of the curve.
 
-    Looking both ways keeps it from lagging behind a falling loss. Values that are not
-    finite are left out: one of them would erase the rest.
+    It takes in some eight points at least. Looking both ways keeps it from lagging
+    behind a falling loss. Values that are not finite are left out: one of them would
+    erase the rest.
     """
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     before = _running([y for _, y in finite])
@@ -50,7 +51,7 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 def _running(values: Sequence[float]) -> list[tuple[float, float]]:
     """(sum, weight) of each value and those before it, older ones counting less."""
-    keep = 1 - 1 / max(1.0, len(values) / 40)
+    keep = 1 - 1 / max(4.0, len(values) / 40)
     total = weight = 0.0
     sums = []
     for value in values:

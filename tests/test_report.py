@@ -192,6 +192,9 @@ def test_the_smoothed_curve_does_not_lag() -> None:
     assert max(abs(y - mean) for (_, y), (_, mean) in inner) < 1e-3
     assert smoothed([(0.0, 3.0)]) == [(0.0, 3.0)]
     assert smoothed([]) == []
+    jagged = [(float(x), float(x % 2)) for x in range(24)]
+    calm = [mean for _, mean in smoothed(jagged)]
+    assert max(calm) - min(calm) < 0.5  # a short curve is smoothed too
     flat = [(float(x), math.nan if x == 7 else 2.0) for x in range(50)]
     assert all(mean == pytest.approx(2.0) for _, mean in smoothed(flat))
 
