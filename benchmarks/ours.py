@@ -13,7 +13,7 @@ def build(request: Request) -> tuple[Step, dict[str, str]]:
     import flax
     import jax
 
-    import ftjax.rollout
+    import ftjax.decoding.generator
     import ftjax.train  # noqa: F401
 
     versions = {"jax": jax.__version__, "flax": flax.__version__}
@@ -128,7 +128,7 @@ def _pairs(batch: dict[str, np.ndarray], reference: bool) -> dict[str, np.ndarra
 
 
 def _generate(request: Request) -> Step:
-    from ftjax.rollout import Generator
+    from ftjax.decoding.generator import Generator
     from ftjax.sharding import make_mesh
 
     spec, base = _load(request, make_mesh())

@@ -19,6 +19,7 @@ def online_config(arg: ConfigDict) -> ConfigDict:
     c.rollout = ConfigDict()
     c.rollout.group = 8  # completions of each prompt
     c.rollout.max_new_tokens = 64
+    c.rollout.max_num_seqs = 0  # rows side by side, the next one where one ends; 0: all
     c.rollout.top_k = 0  # 0: all
     c.rollout.top_p = 1.0  # 1: all
     c.rollout.batches = 1  # optimizer steps that the completions are spread over

@@ -20,13 +20,14 @@ from ftjax import cli
 from ftjax.adapters import names_of
 from ftjax.console import printable, say
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.decoding.generator import Completion, Generator
+from ftjax.decoding.sampling import Sampling
 from ftjax.errors import UserError
 from ftjax.methods.heads import SCORE
 from ftjax.policy import Policy, open_policy
-from ftjax.rollout import Completion, Generator, Sampling
 from ftjax.switch import Switch, each_row_its_own, parse_use
 
-ROWS = 32  # prompts that are continued together
+ROWS = 32  # prompts that are continued side by side
 UNFINISHED = "\ufffd"  # what a decoder gives for half of a character
 
 
@@ -130,17 +131,14 @@ def _continue(
     args: flags.FlagValues,
     uses: list[int],
 ) -> list[Completion]:
-    made: list[Completion] = []
-    for i in range(0, len(ids), ROWS):
-        rows = slice(i, i + ROWS)
-        made += generator.generate(
-            ids[rows],
-            args.max_new_tokens,
-            sampling,
-            ignore_eos=args.ignore_eos,
-            use=uses[rows],
-        )
-    return made
+    return generator.generate(
+        ids,
+        args.max_new_tokens,
+        sampling,
+        ignore_eos=args.ignore_eos,
+        use=uses,
+        max_num_seqs=ROWS,
+    )
 
 
 def _prompts(args: flags.FlagValues) -> list[str]:

@@ -4,13 +4,13 @@ from typing import Any
 
 from ftjax import describe
 from ftjax.console import Progress
+from ftjax.decoding.generator import Generator
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
 from ftjax.job import Job
 from ftjax.metrics import MetricLog
 from ftjax.objectives.tasks import task_of
 from ftjax.rl.player import shown_table
-from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding
 from ftjax.weights import join
 

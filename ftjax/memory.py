@@ -59,8 +59,11 @@ def _answering(config: Any, shape: Shape, length: int) -> int:
     spec, item = shape.model.spec, jnp.dtype(shape.dtype).itemsize
     weights = sum(leaf.size for leaf in jax.tree.leaves(shape.params)) * item
     rows = config.train.batch_size * config.rollout.batches
+    side_by_side = min(config.rollout.max_num_seqs or rows, rows)
+    # A ring for each row, as long as prompt and answer, and the prompts that come in.
+    slots = side_by_side * (2 * length - config.rollout.max_new_tokens)
     cached = 2 * spec.n_layers * spec.n_kv_heads * spec.head_dim
-    return weights + rows * length * cached * item
+    return weights + slots * cached * item
 
 
 def _optimizer(optim: Any, shape: Shape, trained: Any, axes: Any, mesh: Mesh) -> int:

@@ -102,6 +102,7 @@ RULES: dict[str, Range] = {
     "loss.clip_value": POSITIVE,
     "rollout.group": AT_LEAST_1,
     "rollout.max_new_tokens": AT_LEAST_1,
+    "rollout.max_num_seqs": AT_LEAST_0,
     "rollout.top_k": AT_LEAST_0,
     "rollout.top_p": Range("above 0, at most 1", lambda x: 0 < x <= 1),
     "rollout.batches": AT_LEAST_1,

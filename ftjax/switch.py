@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from ftjax.adapters import NONE, names_of, read_adapters, updates
 from ftjax.checkpoints.peft_others import KINDS, Adapter
 from ftjax.console import say
+from ftjax.decoding.generator import Generator
 from ftjax.errors import UserError
 from ftjax.loading import Note
 from ftjax.methods.several import stack
 from ftjax.policy import Policy, check_adapter
-from ftjax.rollout import Generator
 from ftjax.sharding import make_mesh, shard_tree
 
 RUN = "run"  # in a chat: what the run itself has learned

@@ -13,10 +13,11 @@ import pytest
 from ftjax import cli, evaluate, export, generate
 from ftjax.checkpoints.peft import save_adapter
 from ftjax.console import printable
+from ftjax.decoding.generator import Generator
+from ftjax.decoding.sampling import Sampling
 from ftjax.errors import UserError
 from ftjax.loading import open_base
 from ftjax.policy import open_policy
-from ftjax.rollout import Generator, Sampling
 from ftjax.switch import Switch, with_adapter
 from tests.goldens import check_peft
 from tests.runs import make_run

@@ -10,8 +10,9 @@ import pytest
 
 from ftjax import cli, generate
 from ftjax.data.tokenizer import load_tokenizer
+from ftjax.decoding.generator import Generator
+from ftjax.decoding.sampling import Sampling
 from ftjax.policy import open_policy
-from ftjax.rollout import Generator, Sampling
 from tests.cli import run_cli
 from tests.runs import make_run
 from tests.tiny import make_tiny_checkpoint

@@ -21,7 +21,7 @@ from experiments.objectives.results import (
     write_lines,
     write_picture,
 )
-from experiments.objectives.sweep import RUNS, SETS, model_of, settings
+from experiments.objectives.sweep import RUNS, SETS, folder_of, model_of, settings
 from ftjax import cli
 from ftjax.console import say
 from ftjax.errors import UserError
@@ -64,14 +64,14 @@ def run(
 
     The KL is the mean over the last quarter of the steps.
     """
-    folder = out / name.replace(" ", "-").replace(",", "").lower()
+    folder = folder_of(name, out)
     found = recorded(folder, steps)
     if found[0] and found[0][-1]["step"] == steps:
         return found
     task = RUNS[name].task
     command = [sys.executable, "-m", "ftjax.train"]
     command.append(f"--config=configs/{task}.py:model={model_of(on)},method=lora")
-    command += [f"--config.{k}={v}" for k, v in settings(name, on, steps).items()]
+    command += [f"--config.{k}={v}" for k, v in settings(name, on, steps, out).items()]
     command.append(f"--workdir={folder.resolve()}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_suffix(".log").resolve()

@@ -5,7 +5,7 @@ pretrained model (stories260K) on stories, read from a folder beside the reposit
 """
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Run:
       more: 1 where it should rise, -1 where it should fall.
       chance: what it is where nothing is learned, of a share; else None.
       values: beside what all runs of the set have.
+      judge: the run whose reward model judges its answers; none: a function does.
     """
 
     task: str
@@ -31,6 +32,7 @@ class Run:
     more: int
     chance: float | None = None
     values: dict[str, Any] = field(default_factory=dict)
+    judge: str = ""
 
 
 # ORPO whose odds ratio has no weight is SFT on the chosen answers: both log the same.
@@ -67,17 +69,27 @@ RUNS |= {
     "GRPO, more beta": Run("grpo", "reward", 1, values={"loss.beta": 1.0, **ONLINE}),
     "PPO": Run("ppo", "reward", 1, values={"rollout.passes": 2, **ONLINE}),
 }
+RUNS |= {
+    f"{name}, reward model": replace(RUNS[name], judge="reward model")
+    for name in ("GRPO", "PPO")
+}
 RATES = {"generic": 1e-3, "sft": 1e-3, "simpo": 3e-4, "grpo": 1e-3, "ppo": 1e-3}
 USUAL_RATE = 5e-4
 
 
-def settings(name: str, on: str, steps: int) -> dict[str, Any]:
+def folder_of(name: str, out: Path) -> Path:
+    """The folder of a run in that of all."""
+    return out / name.replace(" ", "-").replace(",", "").lower()
+
+
+def settings(name: str, on: str, steps: int, out: Path) -> dict[str, Any]:
     """What a run sets beside its config.
 
     Args:
       name: of RUNS.
       on: of SETS.
       steps: of the run.
+      out: the folder of all runs.
     """
     run = RUNS[name]
     values: dict[str, Any] = {
@@ -95,6 +107,9 @@ def settings(name: str, on: str, steps: int) -> dict[str, Any]:
     if on == "stories":
         values |= stories(run.task)
         values |= WORDS if run.task in ("grpo", "ppo") else {}
+    if run.judge:
+        judge = folder_of(run.judge, out).resolve()
+        values |= {"reward.function": "", "reward.model": str(judge)}
     return values | run.values
 
 
@@ -117,9 +132,9 @@ def model_of(on: str) -> str:
     return "base" if on == "ships" else str(SHARED / "models" / "stories260K")
 
 
-def config(name: str, on: str, steps: int) -> Any:
-    """The config of one run."""
+def config(name: str, on: str, steps: int, out: Path) -> Any:
+    """The config of one run; see `settings`."""
     module = importlib.import_module(f"configs.{RUNS[name].task}")
     made = module.get_config(f"model={model_of(on)},method=lora")
-    made.update_from_flattened_dict(settings(name, on, steps))
+    made.update_from_flattened_dict(settings(name, on, steps, out))
     return made

@@ -200,15 +200,17 @@ def cached_logits(
     """Float32 logits [B, V] after the last of T tokens, and the cache with them in it.
 
     Rows end together: row b begins at slot `start_B[b]`, so that slot s holds its
-    position s - start_B[b], and what lies before is padding that nobody looks at. The
-    virtual tokens of a prompt or a prefix lie before slot 0, and shift positions.
+    position s - start_B[b], and what lies before is of nobody. The cache is a ring: of
+    S slots, the last S are in it. The virtual tokens of a prompt or a prefix lie before
+    the ring, and shift positions.
 
     Args:
       spec: of the model.
       weights: from `split_layers`.
       tokens_BT: the next tokens of every row.
-      slot: int32 [], where the first of them goes.
-      start_B: int32 [B].
+      slot: int32 [], where the first of them goes; of more than one, all lie in the
+        first round of the ring.
+      start_B: int32 [B], at least 0.
       cache: from `init_cache`, or from the call before.
     """
     rest = weights["rest"]
@@ -217,10 +219,11 @@ def cached_logits(
     n = virtual_tokens(weights)
     queries = slot + jnp.arange(tokens_BT.shape[1])
     keys = jnp.arange(cache[0]["k"].shape[2]) - n
-    distance = (queries[:, None] - keys[None, :])[None]
-    begun_BS = keys[None, :] >= start_B[:, None]
+    size = len(keys) - n
+    distance = ((queries[:, None] - keys[None, :]) % size)[None]
+    held = queries[None, :, None] - distance  # the slot that a key is of, as seen here
+    mask = held >= start_B[:, None, None]
     positions_BT = jnp.maximum(queries[None, :] - start_B[:, None], 0) + n
-    mask = (distance >= 0) & begun_BS[:, None, :]
     if n:
         virtual = (keys < 0)[None, None]
         mask |= virtual
@@ -228,7 +231,7 @@ def cached_logits(
         distance = jnp.where(virtual, 0 if "prefix" in rest else ahead, distance)
     cos, sin = layers.rope_angles(spec.rope, spec.head_dim, positions_BT)
     shared = {"mask": mask, "distance": distance, "cos": cos, "sin": sin}
-    shared["slot"] = slot + n
+    shared["slot"] = slot % size + n
     x = model.apply(rest, tokens_BT, method=lambda m, t: m.embed_tokens(t))
     x, written = _run(spec, weights, x, shared, cache)
     last = model.apply(rest, x[:, -1:], method=lambda m, h: m.unembed(m.norm(h)))

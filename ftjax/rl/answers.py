@@ -8,8 +8,9 @@ import numpy as np
 from ftjax.data.dataset import Dataset
 from ftjax.data.loader import Batch
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.decoding.generator import Completion, Generator
+from ftjax.decoding.sampling import Sampling
 from ftjax.rl.rewards import Judge, Judged
-from ftjax.rollout import Completion, Generator, Sampling
 
 Ids = Sequence[int]
 
@@ -42,6 +43,7 @@ def answer_prompts(
     new: int,
     sampling: Sampling,
     judge: Judge,
+    max_num_seqs: int = 0,
 ) -> Answers:
     """Completions of some prompts of a data set, judged.
 
@@ -53,9 +55,10 @@ def answer_prompts(
       new: tokens per completion, at most.
       sampling: how they are drawn.
       judge: gives the rewards.
+      max_num_seqs: answers that are written side by side; 0: all.
     """
     prompts = [dataset.examples[i].ids.tolist() for i in rows]
-    made = generator.generate(prompts, new, sampling)
+    made = generator.generate(prompts, new, sampling, max_num_seqs=max_num_seqs)
     texts = [tokenizer.decode(completion.tokens) for completion in made]
     judged = judge(
         [dataset.columns[i] for i in rows],

@@ -9,11 +9,12 @@ import numpy as np
 
 from ftjax.console import table
 from ftjax.data.dataset import Dataset
+from ftjax.decoding.generator import Generator
+from ftjax.decoding.sampling import Sampling
 from ftjax.loading import Base
 from ftjax.objectives.online import LENGTH
 from ftjax.rl.answers import Answers, answer_prompts
 from ftjax.rl.rewards import Judge
-from ftjax.rollout import Generator, Sampling
 
 PyTree = Any
 EVAL_SEED, TRAIN_SEED = 0, 1  # streams of random numbers
@@ -49,8 +50,18 @@ class Player:
         rows: Sequence[int],
         temperature: float,
         seed: int,
+        most: int = 0,
     ) -> Answers:
-        """Answers of the policy (its variables) to some prompts of a data set."""
+        """Answers of the policy to some prompts of a data set.
+
+        Args:
+          policy: its variables.
+          dataset: of prompts.
+          rows: the indices of the prompts.
+          temperature: of the answers.
+          seed: of their random numbers.
+          most: answers side by side, where `config.rollout.max_num_seqs` does not say.
+        """
         c, base = self.rollout, self.base
         generator = Generator(
             base.spec,
@@ -70,6 +81,7 @@ class Player:
             c.max_new_tokens,
             sampling,
             self.judge,
+            c.max_num_seqs or most,
         )
 
     def evaluate(self, policy: PyTree, dataset: Dataset, size: int) -> dict[str, float]:
@@ -78,22 +90,13 @@ class Player:
         Args:
           policy: its variables.
           dataset: of prompts, each answered once.
-          size: prompts at a time.
+          size: answers side by side, where the config does not say.
         """
-        count = len(dataset.examples)
-        size = min(size, count)
-        found: list[dict[str, np.ndarray]] = []
-        for start in range(0, count, size):
-            # The last call is as large as the others, so that nothing compiles again.
-            rows = [min(i, count - 1) for i in range(start, start + size)]
-            seed = seed_of(self.seed, EVAL_SEED, start)
-            temperature = self.rollout.eval_temperature
-            answers = self.answer(policy, dataset, rows, temperature, seed)
-            real = min(size, count - start)
-            values = {**answer_metrics(answers), "tokens": answers.lengths}
-            found.append({name: x[:real] for name, x in values.items()})
-        whole = {k: np.concatenate([part[k] for part in found]) for k in found[0]}
-        tokens = int(whole.pop("tokens").sum())
+        rows = range(len(dataset.examples))
+        seed = seed_of(self.seed, EVAL_SEED, 0)
+        temperature = self.rollout.eval_temperature
+        answers = self.answer(policy, dataset, rows, temperature, seed, size)
+        whole, tokens = answer_metrics(answers), int(answers.lengths.sum())
         known = {k: x[~np.isnan(x)] for k, x in whole.items()}
         means = {k: float(x.mean()) for k, x in known.items() if len(x)}
         reward = means.get("reward", math.nan)

@@ -17,12 +17,20 @@ HOME = ROOT / "experiments" / "objectives"
 @pytest.mark.parametrize("on", SETS)
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_has_a_config_and_a_metric_that_means_something(
-    name: str, on: str
+    name: str, on: str, tmp_path: Path
 ) -> None:
-    made = config(name, on, 40)
+    made = config(name, on, 40, tmp_path)
     validate(made)
     assert made.task == RUNS[name].task and made.train.steps == 40
     assert RUNS[name].metric in MEANINGS
+
+
+def test_a_judge_is_trained_before_who_is_judged() -> None:
+    names = list(RUNS)
+    judged = {name: run.judge for name, run in RUNS.items() if run.judge}
+    assert judged
+    for name, judge in judged.items():
+        assert RUNS[judge].task == "reward" and names.index(judge) < names.index(name)
 
 
 def evals(metric: str, *values: float) -> list[dict[str, Any]]:

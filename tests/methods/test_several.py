@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax.decoding.generator import Generator
 from ftjax.errors import UserError
 from ftjax.evals.measure import make_sum_batch
 from ftjax.methods.lora import merge
 from ftjax.methods.several import Update, combine, stack
 from ftjax.objectives.causal import causal
-from ftjax.rollout import Generator
 from ftjax.sharding import batch_sharding, make_mesh, shard_tree
 from ftjax.weights import Delta, choose
 from tests.goldens import check_peft

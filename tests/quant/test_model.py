@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs.common import method_config
+from ftjax.decoding.generator import Generator
 from ftjax.methods.method import plan_method
 from ftjax.methods.quant import (
     abstract_quant,
@@ -24,7 +25,6 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.proj import Path, find_sites, init_params, params_axes, put
 from ftjax.quant.formats import Format
 from ftjax.quant.qtensor import quantize
-from ftjax.rollout import Generator
 from ftjax.sharding import make_mesh, shard_tree
 from ftjax.weights import join
 from tests.models_small import SPEC, moved, nll, small_batch, small_lora, small_model

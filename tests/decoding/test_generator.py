@@ -5,45 +5,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import rollout
+from ftjax.decoding import loop
+from ftjax.decoding.generator import Generator
+from ftjax.decoding.sampling import Sampling, draw, kind_of, settings_of
 from ftjax.errors import UserError
 from ftjax.models.cached import cached_logits, init_cache, split_layers
 from ftjax.models.decoder import Decoder
-from ftjax.models.spec import ModelSpec
-from ftjax.rollout import Generator, Sampling
+from tests.decoding.small import SPEC
 from tests.goldens.check_peft import random_adapter
 
-SPEC = ModelSpec(
-    family="test",
-    vocab_size=48,
-    d_model=32,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=8,
-    d_ff=48,
-    max_positions=64,
-    qkv_bias=True,
-    qk_norm=True,
-    tied=True,
-    windows=(0, 5, 0),
-    rope_layers=(True, True, False),
-)
 PROMPTS = [[5, 7, 9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [40]]
-
-
-@pytest.fixture(scope="module")
-def params() -> Any:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    made = Decoder(SPEC).init(jax.random.key(1), *[tokens] * 3, method="logits")
-    # Untied from the small start, so that the likeliest token varies.
-    return jax.tree.map(lambda w: w * 2 if w.ndim > 2 else w, nn.unbox(made)["params"])
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +124,7 @@ def test_stream_gives_the_same_tokens(generator: Generator) -> None:
 
 
 def test_near_lengths_do_not_compile_again(generator: Generator) -> None:
-    jitted: list[Any] = [rollout._decode, rollout._prefill]
+    jitted: list[Any] = [loop.start, loop.fill, loop.decode]
     generator.generate([[1, 2, 3]], 10)
     before = [f._cache_size() for f in jitted]
     generator.generate([[4] * 30], 33)
@@ -176,18 +152,11 @@ def test_one_candidate_is_greedy(generator: Generator) -> None:
 def test_draws_have_the_right_distribution(top_k: int, top_p: float) -> None:
     logits = np.log([0.4, 0.05, 0.25, 0.2, 0.07, 0.03]) * 1.3
     temperature, count = 1.3, 20000
-    static = rollout._Static(SPEC, False, top_k > 0, top_p < 1)
-    rules = rollout._Rules(
-        start_B=jnp.zeros(1, jnp.int32),
-        limit_B=jnp.zeros(1, jnp.int32),
-        eos_E=jnp.zeros(1, jnp.int32),
-        key=jax.random.key_data(jax.random.key(0)),
-        temperature=jnp.float32(temperature),
-        top_k=jnp.int32(top_k or 6),
-        top_p=jnp.float32(top_p),
-    )
+    how = Sampling(temperature, top_k, top_p)
     rows = jnp.tile(jnp.asarray(logits, jnp.float32)[None], (count, 1))
-    drawn = np.asarray(rollout._draw(static, rules, jnp.int32(0), rows))
+    zeros = jnp.zeros(count, jnp.int32)
+    kind, told = kind_of(how, 6), settings_of(how, 6)
+    drawn = np.asarray(draw(kind, told, rows, jnp.arange(count), zeros))
     wanted = np.array([0.4, 0.05, 0.25, 0.2, 0.07, 0.03])
     order = np.argsort(-wanted)
     kept = order[: top_k or 6]
