@@ -1,12 +1,14 @@
 """A run that may step: its input was found good, and its state is where it stopped."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.console import say
 from ftjax.errors import Stopped
-from ftjax.loop import STEPS, on_mesh
+from ftjax.loop import STEPS, Clock, on_mesh
 from ftjax.methods.several import Update
 from ftjax.optim import make_optimizer
 from ftjax.prepare import Prepared, load_variables
@@ -57,6 +59,18 @@ class Job:
         """Saves the state: after so many seconds of the run, with its eval loss."""
         self.meta.update(self.supply.meta(), seconds=seconds)
         self.checkpoints.save(int(self.state.step), self.state, self.meta, score)
+
+    @contextmanager
+    def kept(self, clock: Clock) -> Iterator[None]:
+        """Saves the state if what is done with it fails, so that only that is lost."""
+        try:
+            yield
+        except Exception:
+            step = int(self.state.step)
+            if self.supply.whole(step) and step != self.checkpoints.latest():
+                self.save(clock.elapsed)
+                say(f"step {step} is saved; the same command continues")
+            raise
 
     def end(self, seconds: float) -> None:
         """Raises what ended the run before its last step, if so; the state is saved."""

@@ -1,9 +1,10 @@
 """What a run shows of its model along the way: answers, and the held-out loss."""
 
+import math
 from typing import Any
 
 from ftjax import describe
-from ftjax.console import Progress
+from ftjax.console import Progress, warn
 from ftjax.decoding.generator import Generator
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.samples import answer, pick_prompts
@@ -61,6 +62,8 @@ class Look:
             found = evaluate(self.sum_batch, policy, self.frozen, rows, *place)
         if found is None:
             return None
+        if not math.isfinite(found["loss"]):
+            warn(f"the evaluation of step {step} is no number, and never the best one")
         self.log.write(step, "eval", **found)
         shown = task_of(self.task).shown
         self.progress.note(describe.evaluation(step, found, shown))

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import optax
 
 from ftjax import runtime
+from ftjax.console import warn
 from ftjax.losses.sums import Sums
 from ftjax.optimizers.schedule_free import gradient_point
 from ftjax.weights import Array, join
 
 PyTree = Any
+MANY_SHAPES = 4  # of batches, before somebody is told
 # (policy, frozen, batch, key) -> Sums; without a key nothing is dropped out.
 Loss = Callable[[PyTree, PyTree, PyTree, Array | None], Sums]
 Totals = dict[str, Array]
@@ -150,6 +152,12 @@ def compile_lean(step: Any) -> Callable[[TrainState, PyTree, PyTree], Any]:
         if shapes not in compiled:
             compiled[shapes] = step.lower(state, frozen, batch).compile()
             runtime.release_memory()
+            if len(compiled) % MANY_SHAPES == 0:
+                last = ", ".join(sorted({str(shape) for shape in shapes}))
+                warn(
+                    f"the step was compiled for {len(compiled)} shapes of batches, "
+                    f"each at a price: give all rows one length (last: {last})"
+                )
         return compiled[shapes](state, frozen, batch)
 
     return run

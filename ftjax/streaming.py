@@ -49,6 +49,7 @@ class Supply:
         self._steps, self._stopping = ready.steps, stopping
         self._k, rows = config.train.accumulate, config.train.batch_size
         data, saved, self._game = ready.data, meta.get(META), game
+        self._loader, self._rows = data.loader, rows
         self._end = saved["end"] if saved else None
         self.stream: RowStream | None = None
         if data.loader is not None:
@@ -89,10 +90,22 @@ class Supply:
         """What is wrong with the rows that come next."""
         return self.stream.fault if self.stream is not None else None
 
+    def places(self, step: int) -> list[str]:
+        """Where the rows of a step are from, of a data set that is stored."""
+        if self._loader is None or self._game is not None:
+            return []
+        rows = self._loader.groups((step - 1) * self._rows, self._rows)
+        data = self._loader.dataset
+        firsts = [data.groups[group][0] for row in rows for group in row]
+        return [data.examples[first].where for first in firsts]
+
+    def whole(self, step: int) -> bool:
+        """Whether a run may be continued after a step: not within a rollout."""
+        return self._game is None or step % self._game.unit == 0
+
     def halts(self, step: int) -> bool:
-        """Whether to save and leave after a step; not within a rollout."""
-        whole = self._game is None or step % self._game.unit == 0
-        return (self._stopping() and whole) or self.fault is not None
+        """Whether to save and leave after a step."""
+        return (self._stopping() and self.whole(step)) or self.fault is not None
 
     def leave(self, step: int) -> Exception:
         """Why a run is left after a step that is saved, if it is not 0."""

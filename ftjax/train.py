@@ -19,10 +19,9 @@ from absl import flags
 from ftjax import cli, describe
 from ftjax.checkpoints.folder import replace_folder
 from ftjax.checkpoints.peft_others import adapter_kind, save_any, why_unsaved
-from ftjax.checkpoints.state import Checkpoints
 from ftjax.config import validate
 from ftjax.console import Progress, say
-from ftjax.errors import EXIT_DIVERGED, UserError
+from ftjax.errors import UserError
 from ftjax.job import Job, begin
 from ftjax.loading import public_name
 from ftjax.look import Look
@@ -35,6 +34,7 @@ from ftjax.optim import make_schedule
 from ftjax.prepare import prepare
 from ftjax.report import write_report
 from ftjax.signals import StopRequest
+from ftjax.watch import Watch, is_better
 from ftjax.weights import join
 from ftjax.workdir import Workdir
 
@@ -87,13 +87,13 @@ def train(job: Job, log: MetricLog, progress: Progress) -> None:
     """The loop of every task: the steps that are left, and what is done between them.
 
     Raises:
-      UserError: too many updates in a row had to be left out, or the next row of a
-        stream is bad; what was trained before is saved.
+      UserError: too many updates in a row had to be left out, the next row of a stream
+        is bad, or an evaluation failed; what was trained before is saved.
       Stopped: it was asked to stop, and has saved its last step.
     """
     c, supply, meta = job.config.train, job.supply, job.meta
     rate = make_schedule(job.config.optim, job.ready.steps)
-    look = Look(job, log, progress)
+    look, watch = Look(job, log, progress), Watch(job)
     if not job.first:
         look.sample(0, job.state.trained)
         meta["best"] = look.evaluate(0, job.state.trained)
@@ -115,17 +115,17 @@ def train(job: Job, log: MetricLog, progress: Progress) -> None:
         if job.due(step, c.log_every):
             reward = values.get("reward")
             progress.update(step, values["loss"], speed, clock.left, reward)
-        if values["skipped"] >= c.max_skipped:
-            raise diverged(step, job.checkpoints, values)
+        watch.see(step, values)
         if now is None:
             continue
-        job.state, score, better = now, None, False
-        if job.due(step, c.sample_every):
-            look.sample(step, now.trained)
-        if job.due(step, c.eval_every):
-            score = look.evaluate(step, now.trained)
-            better = score is not None and not score >= meta["best"]
-            meta["best"] = score if better else meta["best"]
+        job.state, score = now, None
+        with job.kept(clock):
+            if job.due(step, c.sample_every):
+                look.sample(step, now.trained)
+            if job.due(step, c.eval_every):
+                score = look.evaluate(step, now.trained)
+        better = is_better(score, meta["best"])
+        meta["best"] = score if better else meta["best"]
         kept, halts = better and c.keep_best > 0, supply.halts(step)
         if job.due(step, c.save_every) or kept or halts:
             job.save(clock.elapsed, score)
@@ -133,19 +133,6 @@ def train(job: Job, log: MetricLog, progress: Progress) -> None:
             break
         clock.restart()
     job.end(clock.elapsed)
-
-
-def diverged(step: int, checkpoints: Checkpoints, values: dict[str, Any]) -> UserError:
-    saved = checkpoints.steps()
-    return UserError(
-        f"{values['skipped']} updates in a row had to be left out",
-        where=f"step {step}",
-        expected="a finite loss and gradient, and tokens to train on",
-        got=f"loss {values['loss']}, gradient norm {values['grad_norm']}",
-        fix="lower config.optim.lr; "
-        + (f"the last good checkpoint is step {saved[-1]}" if saved else "start anew"),
-        code=EXIT_DIVERGED,
-    )
 
 
 def finish(job: Job, folder: Workdir) -> None:

@@ -57,6 +57,7 @@ FLOORS = {
     "ftjax.run_folder": 4,
     "ftjax.streaming": 4,
     "ftjax.switch": 4,
+    "ftjax.watch": 4,
     "ftjax.train": 5,
     "ftjax.check": 5,
     "ftjax.generate": 5,

@@ -48,8 +48,8 @@ def evaluate(
         name: _ratio((sums.terms[name], totals[name]) for sums, totals, _ in rows)
         for name in rows[0][1]
     }
-    present = [value for value in terms.values() if not math.isnan(value)]
-    found = {"loss": math.fsum(present) if present else math.nan}
+    known = [name for name in terms if any(totals[name] for _, totals, _ in rows)]
+    found = {"loss": math.fsum(terms[name] for name in known) if known else math.nan}
     first = rows[0][0]
     means = {k: _ratio(sums.means[k] for sums, _, _ in rows) for k in first.means}
     # A metric is of the data alone; a term of the same name may have a weight.

@@ -1,0 +1,84 @@
+"""Whether a run still learns: what ends it, and what its user is told."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from ftjax.console import warn
+from ftjax.errors import EXIT_DIVERGED, UserError
+from ftjax.job import Job
+from ftjax.objectives.tasks import task_of
+
+RECENT, BEFORE, LEAST = 5, 50, 10  # steps
+SPREADS = 6.0  # a rise is so many times what losses usually differ by
+SHARE = 0.5  # and this share of the loss
+SHOWN = 5  # rows that are named
+
+
+class Watch:
+    """Sees what every step gives.
+
+    The loss of a policy on its own answers is near 0 by construction, and not watched.
+    """
+
+    def __init__(self, job: Job):
+        self.job, self._limit = job, job.config.train.max_skipped
+        self._means_something = not task_of(job.config.task).online
+        self._losses: deque[float] = deque(maxlen=BEFORE + RECENT)
+
+    def see(self, step: int, values: dict[str, Any]) -> None:
+        """Warns where the loss has risen.
+
+        Raises:
+          UserError: too many updates in a row had to be left out.
+        """
+        if values["skipped"] >= self._limit:
+            raise self._diverged(step, values)
+        if values["skipped"] or not self._means_something:
+            return
+        self._losses.append(values["loss"])
+        losses = list(self._losses)
+        if has_risen(losses):
+            now, before = median(losses[-RECENT:]), median(losses[:-RECENT])
+            warn(
+                f"the loss has risen: {now:.4g} in steps {step - RECENT + 1} to "
+                f"{step}, {before:.4g} in the {len(losses) - RECENT} before; "
+                "lower config.optim.lr if it stays there"
+            )
+            self._losses.clear()
+
+    def _diverged(self, step: int, values: dict[str, Any]) -> UserError:
+        saved, rows = self.job.checkpoints.steps(), self.job.supply.places(step)
+        named = ", ".join(rows[:SHOWN]) + (", ..." if len(rows) > SHOWN else "")
+        last = f"step {saved[-1]}" if saved else "none"
+        return UserError(
+            f"{values['skipped']} updates in a row had to be left out",
+            where=f"step {step}" + (f", of {named}" if named else ""),
+            expected="a finite loss and gradient, and tokens to train on",
+            got=f"loss {values['loss']}, gradient norm {values['grad_norm']}",
+            fix=f"lower config.optim.lr; the last good checkpoint: {last}",
+            code=EXIT_DIVERGED,
+        )
+
+
+def has_risen(losses: Sequence[float]) -> bool:
+    """Whether the last few losses are far above those before.
+
+    By medians, so that one batch is no rise: of the last `RECENT`, more than `SPREADS`
+    median deviations and `SHARE` of the median above the others.
+    """
+    before, recent = losses[:-RECENT], losses[-RECENT:]
+    if len(before) < LEAST:
+        return False
+    middle = median(before)
+    spread = median(abs(loss - middle) for loss in before)
+    return median(recent) - middle > max(SPREADS * spread, SHARE * abs(middle))
+
+
+def is_better(score: float | None, best: float | None) -> bool:
+    """Whether an eval loss is the lowest so far; one that is NaN never is."""
+    if score is None or math.isnan(score):
+        return False
+    return best is None or math.isnan(best) or score < best
