@@ -5,6 +5,7 @@ pretrained model (stories260K) on stories, read from a folder beside the reposit
 """
 
 import importlib
+import inspect
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ RUNS |= {
     f"{name}, reward model": replace(RUNS[name], judge="reward model")
     for name in ("GRPO", "PPO")
 }
+CODE = {
+    "train": ("argparse", "ast", "difflib", "inspect", "pathlib", "tarfile", "typing"),
+    "eval": ("heapq", "shutil", "textwrap", "zipfile"),
+}
+BETWEEN = "\\n\\n\\n"  # of the definitions of a module: two blank lines
 RATES = {"generic": 1e-3, "sft": 1e-3, "simpo": 3e-4, "grpo": 1e-3, "ppo": 1e-3}
 USUAL_RATE = 5e-4
 
@@ -107,6 +113,8 @@ def settings(name: str, on: str, steps: int, out: Path) -> dict[str, Any]:
     if on == "stories":
         values |= stories(run.task)
         values |= WORDS if run.task in ("grpo", "ppo") else {}
+    elif run.task == "generic":
+        values |= code(out)
     if run.judge:
         judge = folder_of(run.judge, out).resolve()
         values |= {"reward.function": "", "reward.model": str(judge)}
@@ -126,6 +134,21 @@ def stories(task: str) -> dict[str, Any]:
     }
     train, held_out = files.get(task, pairs)
     return {"data.train": str(data / train), "data.eval": str(data / held_out)}
+
+
+def code(out: Path) -> dict[str, Any]:
+    """Data that is new to the shipped base: Python code, not Python's documentation.
+
+    Written from sources of the standard library, a document for each definition.
+    """
+    values: dict[str, Any] = {"data.separator": BETWEEN}
+    for split, names in CODE.items():
+        path = out / f"code_{split}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sources = [inspect.getsource(importlib.import_module(name)) for name in names]
+        path.write_text("\n\n\n".join(sources), encoding="utf-8")
+        values[f"data.{split}"] = str(path.resolve())
+    return values
 
 
 def model_of(on: str) -> str:

@@ -207,7 +207,12 @@ def _instructions(split: str) -> Iterator[dict[str, Any]]:
 
 
 def _preferences(split: str) -> Iterator[dict[str, Any]]:
-    """One row per entry that has a neighbour to be mistaken for."""
+    """One row per entry; rejected is an answer that is about something else.
+
+    It is that of the neighbour in the module with the most similar name, of another
+    kind where there is one: a small model can tell what a class is from what a call
+    does, and cannot know which of two methods does what.
+    """
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in _asked(split):
         groups[entry.family].append(entry)
@@ -222,10 +227,9 @@ def _preferences(split: str) -> Iterator[dict[str, Any]]:
 
 
 def _neighbour(entry: Entry, group: list[Entry]) -> Entry | None:
-    """The entry of the same family with the most similar name, the same kind first."""
-    kin = [e for e in group if e.kind == entry.kind and e.owner == entry.owner]
-    kin = [e for e in kin if e.text[0] != entry.text[0]]
-    kin = kin or [e for e in group if e.text[0] != entry.text[0]]
+    """The entry with the most similar name, of another kind first."""
+    others = [e for e in group if e.text[0] != entry.text[0]]
+    kin = [e for e in others if e.kind != entry.kind] or others
     if not kin:
         return None
     mine = _trigrams(entry.name)

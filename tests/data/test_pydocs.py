@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ftjax.data import pydocs
@@ -128,6 +129,17 @@ def test_the_rejected_answer_is_another_one() -> None:
             chosen, rejected = row["chosen"][0], row["rejected"][0]
             assert chosen["content"] != rejected["content"]
             assert {chosen["content"], rejected["content"]} <= known
+
+
+def test_the_rejected_answer_is_of_another_kind_of_thing() -> None:
+    """Where the module documents things of several kinds, which most do."""
+    for split in pydocs.SPLITS:
+        kinds = {entry.text[0]: entry.kind for entry in pydocs.clean_entries(split)}
+        pairs = [
+            [kinds[row[side][0]["content"]] for side in ("chosen", "rejected")]
+            for row in pydocs.rows("preferences", split)
+        ]
+        assert np.mean([one != other for one, other in pairs]) > 0.9
 
 
 def test_two_processes_make_the_same_rows() -> None:
