@@ -30,7 +30,10 @@ def generator(params: Any) -> Generator:
 def full_logits(variables: Any, ids: list[int]) -> np.ndarray:
     tokens = jnp.asarray([ids], jnp.int32)
     rows = (tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens))
-    return np.asarray(Decoder(SPEC).apply(variables, *rows, method="logits")[0])
+    return np.asarray(_whole(variables, *rows)[0])
+
+
+_whole = jax.jit(partial(Decoder(SPEC).apply, method="logits"))
 
 
 def naive(variables: Any, prompt: list[int], count: int) -> list[int]:

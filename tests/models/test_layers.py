@@ -54,12 +54,13 @@ def test_attention_is_the_naive_one(
     with jax.enable_x64(True):
         q, k, v, dout = inputs(length, heads, jnp.float64)
 
-        def value(attend: Any) -> Any:
-            out, pull = jax.vjp(lambda *a: attend(*a, mask), q, k, v)
+        @partial(jax.jit, static_argnums=0)
+        def value(attend: Any, dout: Any, *qkv: Any) -> Any:
+            out, pull = jax.vjp(lambda *a: attend(*a, mask), *qkv)
             return out, *pull(dout.astype(out.dtype))
 
-        expected, found = value(naive), value(causal_attention)
-        simple = attention(q, k, v, mask)
+        expected, found = (value(f, dout, q, k, v) for f in (naive, causal_attention))
+        simple = jax.jit(attention)(q, k, v, mask)
     np.testing.assert_allclose(simple, expected[0], atol=2e-6)
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
         # The softmax is in float32 whatever the inputs are.
@@ -83,13 +84,18 @@ def test_nothing_leaks_from_other_documents() -> None:
 def test_bf16_attention_is_near_and_stays_bf16() -> None:
     q, k, v, dout = inputs(100, (4, 2), jnp.bfloat16)
     mask = packed_mask(segments(100))
-    out, pull = jax.vjp(partial(causal_attention, mask_BTT=mask), q, k, v)
-    wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    expected, wide_pull = jax.vjp(partial(naive, mask=mask), *wide)
+
+    @partial(jax.jit, static_argnums=0)
+    def value(attend: Any, dout: Any, *qkv: Any) -> Any:
+        out, pull = jax.vjp(lambda *a: attend(*a, mask), *qkv)
+        return out, *pull(dout)
+
+    out, *grads = value(causal_attention, dout, q, k, v)
+    wide = [x.astype(jnp.float32) for x in (dout, q, k, v)]
+    expected, *wide_grads = value(naive, *wide)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.03)
-    pairs = zip(pull(dout), wide_pull(dout.astype(jnp.float32)), strict=True)
-    for found, wanted in pairs:
+    for found, wanted in zip(grads, wide_grads, strict=True):
         assert found.dtype == jnp.bfloat16
         np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.15)
 
