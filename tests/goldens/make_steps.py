@@ -58,8 +58,8 @@ def summary(tensors: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 
-def build(method: str) -> Any:
-    """The model, on its random weights, with what `method` trains."""
+def build(method: str, of: str = "") -> Any:
+    """The model, on its random weights or others (`of`), with what `method` trains."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,7 +68,7 @@ def build(method: str) -> Any:
         (folder / "config.json").write_text(json.dumps(CONFIG))
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
-        write_random(folder / "model.safetensors", shapes)
+        write_random(folder / "model.safetensors", shapes, of)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return with_lora(model) if method == "lora" else model
 

@@ -26,9 +26,12 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def write_random(path: Path, shapes: dict[str, list[int]]) -> None:
-    """A safetensors file with a random tensor for each name."""
-    tensors = {name: random_tensor(name, tuple(s)) for name, s in shapes.items()}
+def write_random(path: Path, shapes: dict[str, list[int]], of: str = "") -> None:
+    """A safetensors file with a random tensor for each name.
+
+    `of` goes before the names that the values are made of: another model.
+    """
+    tensors = {name: random_tensor(of + name, tuple(s)) for name, s in shapes.items()}
     save_file(tensors, path, metadata={"format": "pt"})
 
 
