@@ -3,6 +3,7 @@
 #   PYTHON=python3.12   the Python to build .venv with (3.11 or newer)
 #   HARDWARE=cpu        cpu, cuda or tpu, where the machine is not to decide
 #   TESTS=tests/x.py    what `make test` runs
+#   JOBS=2              how many processes it runs in
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -10,6 +11,7 @@ SHELL := /bin/sh
 
 PYTHON ?=
 TESTS ?= tests
+JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
@@ -108,8 +110,9 @@ format: $(DEV_STAMP)
 	$(PY) -m ruff check --fix $(CODE)
 	$(PY) -m ruff format $(CODE)
 
+# The tests of a file share what they make, so they stay in one process.
 test: lint
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 test-long: $(DEV_STAMP)
 	$(PY) -m pytest -m long $(TESTS)

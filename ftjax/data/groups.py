@@ -163,7 +163,7 @@ def _sample(prompt: Any, answer: Any, where: str) -> Sample:
 def mismatched(examples: list[Example], most: int) -> list[Example]:
     """Each prompt with the answer to the next other prompt: KTO's estimate of the KL.
 
-    TRL turns the answers by one inside each batch of the data as it comes; here it is
+    TRL turns the answers by one (to the one before) inside each batch; here it is
     the data set as a whole, so that it does not depend on the batch size, and the good
     and the bad answer to one prompt, which follow each other, are not exchanged.
 
