@@ -112,7 +112,7 @@ format: $(DEV_STAMP)
 
 # The tests of a file share what they make, so they stay in one process.
 test: lint
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-long: $(DEV_STAMP)
 	$(PY) -m pytest -m long $(TESTS)
