@@ -9,14 +9,13 @@ return fixed log-probabilities. Every array is made of its name, here and in the
 """
 
 import json
-from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
 
+from tests.goldens import trl_stand_ins as stand
 from tests.goldens.weights import random_tensor
 
 OUT = Path(__file__).parent / "losses.json"
@@ -80,80 +79,6 @@ def reference_sums(name: str, logps: Any) -> Any:
     return near.astype(np.float32)
 
 
-def _numbers(x: Any) -> Any:
-    if isinstance(x, list):
-        return [_numbers(y) for y in x]
-    return float(f"{float(x):.8g}")
-
-
-def _leaf(array: Any) -> Any:
-    import torch
-
-    return torch.tensor(np.asarray(array, np.float32), requires_grad=True)
-
-
-def _found(loss: Any, *leaves: Any) -> dict[str, Any]:
-    """The loss, and its gradient for each leaf."""
-    import torch
-
-    grads = torch.autograd.grad(loss, leaves)
-    return {
-        "loss": _numbers(loss.detach()),
-        "grads": [_numbers(g.tolist()) for g in grads],
-    }
-
-
-def _trainer(**settings: Any) -> Any:
-    """What stands in for a trainer: one process, no extras, and these settings."""
-    import torch
-
-    trainer = MagicMock()
-    for name in ("gather", "gather_for_metrics"):
-        setattr(trainer.accelerator, name, lambda x: x)
-    trainer.accelerator.reduce = lambda x, reduction: x
-    trainer.accelerator.device = torch.device("cpu")
-    trainer.accelerator.num_processes = 1
-    trainer._metrics = {"train": defaultdict(list)}
-    trainer._total_train_tokens, trainer._tp_size = 0, 1
-    trainer.aux_loss_enabled = False
-    for name, value in settings.items():
-        setattr(trainer, name, value)
-    return trainer
-
-
-def _metrics(trainer: Any) -> dict[str, float]:
-    """What the trainer has logged."""
-    return {name: _numbers(x[-1]) for name, x in trainer._metrics["train"].items()}
-
-
-def _outputs(logps: Any) -> Any:
-    import torch
-
-    zeros = torch.zeros(logps.shape)
-    # The fused head gives 0 where there is no label, and no gradient.
-    return SimpleNamespace(
-        log_probs=logps * (logps != 0),
-        entropy=zeros,
-        mean_logits=zeros,
-        is_top1=zeros.bool(),
-    )
-
-
-def _batch(lengths: Any) -> dict[str, Any]:
-    """Rows of one prompt token and a completion."""
-    import torch
-
-    mask = np.arange(TOKENS + 1) <= np.asarray(lengths)[:, None]
-    attention = torch.tensor(mask.astype(int))
-    completion = attention.clone()
-    completion[:, 0] = 0
-    return {
-        "input_ids": torch.zeros_like(attention),
-        "attention_mask": attention,
-        "completion_mask": completion,
-    }
-
-
 def dpo() -> dict[str, Any]:
     """Each loss of the DPO trainer, by the log-probabilities of tokens [6, 5]."""
     import torch
@@ -162,7 +87,7 @@ def dpo() -> dict[str, Any]:
     found = {}
     for case, settings in DPO_CASES.items():
         logps = token_logps("policy", LENGTHS, TOKENS)
-        leaf = _leaf(logps)
+        leaf = stand.leaf(logps)
         reference = torch.tensor(reference_sums("reference", logps)).chunk(2)
         defaults: dict[str, Any] = {
             "f_divergence_type": "reverse_kl",
@@ -172,25 +97,16 @@ def dpo() -> dict[str, Any]:
             "use_weighting": False,
             "precompute_ref_logps": True,
         }
-        trainer = _trainer(**{**defaults, **DPO, **settings})
+        trainer = stand.trainer(**{**defaults, **DPO, **settings})
         trainer.args.discopop_tau = 0.05
-        inputs = _batch(LENGTHS)
+        inputs = stand.batch(LENGTHS)
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference
-        model = _standing_in(leaf)
+        model = stand.standing_in(leaf)
         loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
-        found[case] = _found(loss, leaf)
+        found[case] = stand.found(loss, leaf)
         if case == "sigmoid":
-            found[case]["metrics"] = _metrics(trainer)
+            found[case]["metrics"] = stand.metrics(trainer)
     return found
-
-
-def _standing_in(leaf: Any, other: Any = None) -> Any:
-    """A model of fixed log-probabilities; `other` where the ids are ones."""
-
-    def model(input_ids: Any, **_: Any) -> Any:
-        return _outputs(other if bool(input_ids.any()) else leaf)
-
-    return model
 
 
 def kto() -> dict[str, Any]:
@@ -203,14 +119,14 @@ def kto() -> dict[str, Any]:
     other = token_logps("other", LENGTHS, TOKENS)
     references = reference_sums("reference", logps), reference_sums("far", other)
     for case in ("kto", "kto level", "apo_zero_unpaired"):
-        leaf = _leaf(logps)
-        trainer = _trainer(
+        leaf = stand.leaf(logps)
+        trainer = stand.trainer(
             **KTO,
             loss_type=case.split()[0],
             calculate_KL=case.startswith("kto"),
             precompute_ref_logps=True,
         )
-        inputs = _batch(LENGTHS)
+        inputs = stand.batch(LENGTHS)
         far = references[1] - (5 if case == "kto" else -5)
         inputs |= {f"KL_{name}": value.clone() for name, value in inputs.items()}
         inputs["KL_input_ids"] += 1
@@ -219,12 +135,12 @@ def kto() -> dict[str, Any]:
             "ref_logps": torch.tensor(references[0]),
             "ref_KL_logps": torch.tensor(far),
         }
-        model = _standing_in(leaf, torch.tensor(other))
+        model = stand.standing_in(leaf, torch.tensor(other))
         trainer._compute_kl_logps = lambda m, b, t=trainer: (
             KTOTrainer._compute_kl_logps(t, m, b)
         )
         loss = KTOTrainer._compute_loss(trainer, model, inputs, False)
-        found[case] = {**_found(loss, leaf), "metrics": _metrics(trainer)}
+        found[case] = {**stand.found(loss, leaf), "metrics": stand.metrics(trainer)}
     return found
 
 
@@ -240,20 +156,20 @@ def orpo_cpo() -> dict[str, Any]:
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
-    chosen, rejected = (_leaf(x) for x in means())
-    trainer = _trainer(beta=0.2)
+    chosen, rejected = (stand.leaf(x) for x in means())
+    trainer = stand.trainer(beta=0.2)
     losses, *_, ratio, odds = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)
     found = {
         "orpo": {
-            **_found(-losses.mean(), chosen, rejected),
-            "log_odds_ratio": _numbers(ratio.detach()),
-            "log_odds_chosen": _numbers(odds.detach()),
+            **stand.found(-losses.mean(), chosen, rejected),
+            "log_odds_ratio": stand.numbers(ratio.detach()),
+            "log_odds_chosen": stand.numbers(odds.detach()),
         }
     }
     for case, settings in CPO_CASES.items():
-        trainer = _trainer(**CPO, **settings)
+        trainer = stand.trainer(**CPO, **settings)
         losses, *_ = CPOTrainer.cpo_loss(trainer, chosen, rejected)
-        found[f"cpo {case}"] = _found(losses.mean(), chosen, rejected)
+        found[f"cpo {case}"] = stand.found(losses.mean(), chosen, rejected)
     return found
 
 
@@ -272,8 +188,8 @@ def reward() -> dict[str, Any]:
     found = {}
     for case, center in (("plain", None), ("margin", 0.01)):
         scores, margins = rewards()
-        leaf = _leaf(scores)
-        trainer = _trainer()
+        leaf = stand.leaf(scores)
+        trainer = stand.trainer()
         trainer.args.center_rewards_coefficient = center
         inputs = {"attention_mask": torch.ones(6, 2)}
         if case == "margin":
@@ -281,7 +197,7 @@ def reward() -> dict[str, Any]:
         model = MagicMock()
         model.return_value.logits = leaf.reshape(6, 1)
         loss = RewardTrainer.compute_loss(trainer, model, inputs)
-        found[case] = {**_found(loss, leaf), "metrics": _metrics(trainer)}
+        found[case] = {**stand.found(loss, leaf), "metrics": stand.metrics(trainer)}
     return found
 
 
@@ -302,8 +218,8 @@ def grpo() -> dict[str, Any]:
     settings = {k: GRPO[k] for k in ("beta", "epsilon_low", "epsilon_high")}
     for case in ("grpo", "bnpo", "dr_grpo", "dapo", "rloo"):
         logps, old, reference, advantage = policies()
-        leaf, mask = _leaf(logps), torch.tensor((logps != 0).astype(np.float32))
-        trainer = _trainer(
+        leaf, mask = stand.leaf(logps), torch.tensor((logps != 0).astype(np.float32))
+        trainer = stand.trainer(
             **settings,
             loss_type=case,
             top_entropy_quantile=1.0,
@@ -332,7 +248,7 @@ def grpo() -> dict[str, Any]:
         }
         kind = RLOOTrainer if case == "rloo" else GRPOTrainer
         loss = kind._compute_loss(trainer, None, inputs)
-        found[case] = {**_found(loss, leaf), "metrics": _metrics(trainer)}
+        found[case] = {**stand.found(loss, leaf), "metrics": stand.metrics(trainer)}
     return found
 
 
@@ -360,27 +276,27 @@ def head() -> dict[str, Any]:
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     given = heads()
-    h, w = _leaf(given["h"]), _leaf(given["w"])
+    h, w = stand.leaf(given["h"]), stand.leaf(given["w"])
     targets, mask = torch.tensor(given["targets"]), torch.tensor(given["weights"])
     args = (h.reshape(6, 4), w, None, targets.reshape(6), TEMPERATURE, 4)
     logp, entropy, _, mean_logits, top = ChunkedLogProbFunction.apply(*args)
     gain = torch.tensor(given["cotangent"] * given["weights"]).reshape(6)
-    found = {"token_logps": _found((logp * gain).sum(), h, w)}
+    found = {"token_logps": stand.found((logp * gain).sum(), h, w)}
     for name, x in zip(
         ("logp", "entropy", "mean_logit", "correct"),
         (logp, entropy, mean_logits, top),
         strict=True,
     ):
-        found["token_logps"][name] = _numbers(x.tolist())
+        found["token_logps"][name] = stand.numbers(x.tolist())
     labels = torch.where(mask != 0, targets, -100)
     smoothed = LabelSmoother(0.1)({"logits": h @ w.T}, labels)
-    found["label_smoothed"] = _found(smoothed, h, w)
+    found["label_smoothed"] = stand.found(smoothed, h, w)
     teacher = [torch.tensor(given[x]) for x in ("teacher_h", "teacher_w")]
     for name, beta in DISTILL.items():
         models = (h, teacher[0], w, teacher[1])
         options = {"beta": beta, "temperature": TEMPERATURE}
         loss, spread, _ = _chunked_divergence_loss(*models, mask, **options)
-        found[name] = {**_found(loss, h, w), "entropy": _numbers(spread)}
+        found[name] = {**stand.found(loss, h, w), "entropy": stand.numbers(spread)}
     return found
 
 
@@ -388,15 +304,15 @@ def sft() -> dict[str, Any]:
     """The SFT trainer's `dft`, by the log-probabilities of tokens [6, 5]."""
     from trl import SFTTrainer
 
-    leaf = _leaf(token_logps("policy", LENGTHS, TOKENS))
-    outputs = _outputs(leaf)
+    leaf = stand.leaf(token_logps("policy", LENGTHS, TOKENS))
+    outputs = stand.outputs(leaf)
     outputs.label_mask = leaf != 0
-    trainer = _trainer(compute_loss_func=None, label_smoother=None)
+    trainer = stand.trainer(compute_loss_func=None, label_smoother=None)
     trainer.args.loss_type = "dft"
     trainer.args.average_tokens_across_devices = False
-    inputs = {**_batch(LENGTHS), "labels": None}
+    inputs = {**stand.batch(LENGTHS), "labels": None}
     loss = SFTTrainer.compute_loss(trainer, lambda **_: outputs, inputs)
-    return {"dft": _found(loss, leaf)}
+    return {"dft": stand.found(loss, leaf)}
 
 
 def main() -> None:
