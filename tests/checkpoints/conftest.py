@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints.states import Run
 from tests.checkpoints.stored import write_checkpoint
 
 
@@ -13,3 +14,8 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "a módel"
     write_checkpoint(folder)
     return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "checkpoints")

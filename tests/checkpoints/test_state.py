@@ -5,76 +5,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ftjax.checkpoints.fingerprint import tree_hash
-from ftjax.checkpoints.state import Checkpoints
 from ftjax.errors import EXIT_RESOURCES, EXIT_USER, UserError
-
-
-@flax.struct.dataclass
-class State:
-    step: jax.Array
-    trained: Any
-    optimizer: Any
-    key: jax.Array
-
-
-def make_state(seed: int = 0) -> State:
-    key = jax.random.PRNGKey(seed)
-    trained = {
-        "layers": {"q_proj": {"w": jax.random.normal(key, (3, 8, 4))}},
-        "norm": {"scale": jax.random.normal(key, (8,), jnp.bfloat16)},
-    }
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    return State(jnp.asarray(seed), trained, optimizer.init(trained), key)
-
-
-def abstract(tree: Any, sharding: Any = None) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
-
-
-def assert_same(left: Any, right: Any) -> None:
-    assert str(jax.tree.structure(left)) == str(jax.tree.structure(right))
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-class Run:
-    """Checkpoints of small states, and what they reported."""
-
-    def __init__(self, folder: Path, **settings: Any):
-        self.said: list[str] = []
-        settings = {"keep_last": 9, "report": self.said.append, **settings}
-        self.checkpoints = Checkpoints(folder, **settings)
-
-    def save(self, *steps: int, metric: float | None = None) -> None:
-        for step in steps:
-            self.checkpoints.save(step, make_state(step), {"position": step}, metric)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path / "checkpoints")
-
-
-def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 4
-    path.write_bytes(data)
+from tests.checkpoints.states import (
+    Run,
+    abstract,
+    assert_same,
+    files_of,
+    flip,
+    make_state,
+)
 
 
 def test_round_trip_is_bitwise(run: Run) -> None:
@@ -265,80 +211,6 @@ def test_another_format_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
         Run(run.checkpoints.dir).checkpoints.latest()
     assert caught.value.got == "checkpoint format 9"
     assert caught.value.expected == "checkpoint format 1"
-
-
-def test_saving_a_step_again_replaces_it(run: Run) -> None:
-    run.save(5)
-    run.checkpoints.save(5, make_state(6), {"second": True}, 0.5)
-    assert run.checkpoints.best() == 5
-    assert run.checkpoints.meta(5)["second"] is True
-    assert_same(run.checkpoints.restore(5, abstract(make_state())), make_state(6))
-    assert [p.name for p in run.checkpoints.dir.iterdir()] == ["5"]
-
-
-def test_leftovers_are_cleaned_by_the_writer_only(run: Run) -> None:
-    run.save(30, 40)
-    folder = run.checkpoints.dir
-    shutil.copytree(folder / "40", folder / ".tmp-50-ab")
-    shutil.copytree(folder / "30", folder / ".trash-20-cd")
-    (folder / "40").rename(folder / "40.replaced")
-    shutil.copytree(folder / "30", folder / "30.replaced")
-    reader = Run(folder)
-    assert reader.checkpoints.latest() == 30
-    assert len(list(folder.iterdir())) == 5
-    writer = Run(folder)
-    writer.checkpoints.clean()
-    assert sorted(p.name for p in folder.iterdir()) == ["30", "40"]
-    assert writer.said == ["removed an unfinished save of step 50"]
-    assert writer.checkpoints.latest() == 40
-
-
-def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
-    run = Run(tmp_path / "c", keep_last=2, keep_best=2)
-    metrics = [3.0, 1.0, float("nan"), 2.0, 1.5, None, float("-inf"), 9.0]
-    for step, metric in enumerate(metrics):
-        run.save(step, metric=metric)
-    assert run.checkpoints.steps() == [1, 4, 6, 7]
-    assert run.checkpoints.best() == 1
-    # A fresh process goes on from what is written down.
-    again = Run(tmp_path / "c", keep_last=1, keep_best=1)
-    again.save(8, metric=1.0)
-    assert again.checkpoints.steps() == [8], "of equals the newest"
-    assert not list((tmp_path / "c").glob(".*"))
-
-
-def test_never_best_without_a_number(run: Run) -> None:
-    run.save(1, metric=float("nan"))
-    run.save(2)
-    assert run.checkpoints.best() is None
-    run.save(3, metric=1e9)
-    assert run.checkpoints.best() == 3
-
-
-def test_a_damaged_best_step_is_passed_over(run: Run) -> None:
-    run.save(1, metric=2.0)
-    run.save(2, metric=1.0)
-    run.save(3)
-    flip(run.checkpoints.dir / "2" / "meta.json", 3)
-    assert run.checkpoints.best() == 1
-    flip(run.checkpoints.dir / "1" / "meta.json", 3)
-    other = Run(run.checkpoints.dir)
-    assert other.checkpoints.best() is None
-    assert "no best step is left" in other.said[0]
-    assert other.checkpoints.latest() == 3
-
-
-def test_the_step_just_saved_stays(tmp_path: Path) -> None:
-    run = Run(tmp_path / "c", keep_last=1)
-    run.save(40)
-    run.save(35)
-    assert run.checkpoints.steps() == [35, 40]
-
-
-@pytest.mark.parametrize(("last", "best"), [(0, 1), (1, -1)])
-def test_keeping_nothing_is_refused(tmp_path: Path, last: int, best: int) -> None:
-    with pytest.raises(UserError, match="keep no checkpoint"):
-        Checkpoints(tmp_path, keep_last=last, keep_best=best)
 
 
 def test_what_cannot_be_saved_leaves_nothing(run: Run) -> None:
