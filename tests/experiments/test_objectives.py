@@ -61,6 +61,9 @@ def test_table_and_picture(tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_of_the_readme_is_that_of_its_results() -> None:
-    table = results.markdown(results.read_lines(HOME / "stories.jsonl"))
+@pytest.mark.parametrize("on", SETS)
+def test_the_table_of_the_readme_is_that_of_its_results(on: str) -> None:
+    found = results.read_lines(HOME / f"{on}.jsonl")
+    assert [one["run"] for one in found] == list(RUNS)
+    table = results.markdown(found)
     assert table in (HOME / "README.md").read_text(encoding="utf-8")
