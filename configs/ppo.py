@@ -21,6 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.task = "ppo"
     c.rollout.group = 1
     c.rollout.passes = 4
+    c.train.eval_every = 48  # between rollouts: a multiple of batches * passes
     c.loss.beta = 0.05  # the price of the KL to the reference, per token
     c.loss.gamma = 1.0  # the discount of what comes later
     c.loss.lam = 0.95  # of advantages: 0 trusts the values, 1 the rewards

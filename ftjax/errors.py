@@ -124,6 +124,14 @@ def _in_the_input(error: BaseException) -> UserError | None:
             got=str(error)[:300],
             fix="use the tokenizer files that were published with the model",
         )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            "there is no space left",
+            where=error.filename or "the disk of --workdir or --out",
+            got=str(error),
+            fix="make room; the same command continues after the last checkpoint",
+            code=EXIT_RESOURCES,
+        )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return UserError("a path is too long", got=str(error.filename)[:200])
     if isinstance(error, RuntimeError) and "home directory" in str(error):

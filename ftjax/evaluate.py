@@ -85,11 +85,13 @@ def define(args: flags.FlagValues) -> None:
 def main(args: flags.FlagValues) -> dict[str, Any]:
     if not args.data:
         raise UserError("there is nothing to evaluate on", fix="--data=FILE")
-    if args.to == "scores" and (not args.out or Path(args.out).exists()):
+    out = Path(args.out)
+    new = bool(args.out) and not out.exists() and out.parent.is_dir()
+    if args.to == "scores" and not new:
         raise UserError(
             "scores want a new file",
             where="--out",
-            expected="the name of a file that is not there yet",
+            expected="the name of a file that is not there yet, in a folder that is",
             got=args.out or "no name",
         )
     question = task_and_loss(args)

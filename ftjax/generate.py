@@ -45,7 +45,7 @@ def define(args: flags.FlagValues) -> None:
     real("temperature", 0.0, "0: the likeliest token", flag_values=args)
     integer("top_k", 0, "only the k likeliest tokens; 0: all", flag_values=args)
     real("top_p", 1.0, "only the likeliest tokens up to p", flag_values=args)
-    integer("seed", 0, "of the sampling", lower_bound=0, flag_values=args)
+    flags.DEFINE_integer("seed", 0, "of the sampling", 0, 2**31 - 1, flag_values=args)
     flags.DEFINE_bool("ignore_eos", False, "do not stop early", flag_values=args)
     flags.DEFINE_enum(
         "template",
@@ -144,13 +144,28 @@ def _continue(
 def _prompts(args: flags.FlagValues) -> list[str]:
     prompts = args.prompt
     if prompts is None:
-        prompts = [line.rstrip("\n") for line in sys.stdin]
+        prompts = _lines()
     if not prompts:
         raise UserError(
             "there is no prompt",
             fix="--prompt='...', or one prompt per line on standard input",
         )
     return prompts
+
+
+def _lines() -> list[str]:
+    """The prompts on standard input, one a line."""
+    try:
+        lines = [line.rstrip("\r\n") for line in sys.stdin]
+        "".join(lines).encode()  # what was no UTF-8 is let in, and cannot go out
+    except UnicodeError as error:
+        raise UserError(
+            "a prompt is no text",
+            where="standard input",
+            expected="UTF-8, one prompt a line",
+            got=str(error)[:200],
+        ) from error
+    return lines
 
 
 def is_chat(template: str, policy: Policy) -> bool:

@@ -15,6 +15,7 @@ from ftjax.prepare import Prepared, load_variables
 from ftjax.reference import add_reference, with_teacher
 from ftjax.rl.rollouts import Rollouts
 from ftjax.rl.setup import open_rollouts
+from ftjax.run_folder import run_hash
 from ftjax.signals import StopRequest
 from ftjax.step import TrainState, init_state
 from ftjax.streaming import Supply
@@ -76,7 +77,7 @@ class Job:
         """Raises what ended the run before its last step, if so; the state is saved."""
         step = int(self.state.step)
         if self.supply.halts(step) and step < self.supply.last:
-            if step != self.checkpoints.latest():
+            if step and step != self.checkpoints.latest():
                 self.save(seconds)
             raise self.supply.leave(step)
 
@@ -100,7 +101,7 @@ def begin(config: Any, ready: Prepared, folder: Workdir, stop: StopRequest) -> J
     trained, frozen, origin = load_variables(
         config, ready.base, ready.shape, ready.mesh
     )
-    add_reference(config, ready, trained, frozen, folder.path)
+    add_reference(config, ready, trained, frozen, folder.path, lambda: stop.requested)
     folder.save_config(config.to_dict())  # no bad input can be found from here on
     if stop.requested and not first:
         raise Stopped("stopped before the first step: there is nothing to save")
@@ -135,13 +136,18 @@ def begin(config: Any, ready: Prepared, folder: Workdir, stop: StopRequest) -> J
 
 def identity_of(config: Any, ready: Prepared) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued."""
-    settings = config.to_dict()
-    return {
+    settings, aim = config.to_dict(), ready.aim
+    found = {
         "method": settings["method"],
         "quant": settings["quant"],
         "data": ready.data.train.fingerprint(),
         "base_hash": ready.base.hash,
     }
+    for name, other in (("teacher", aim.teacher), ("reference", aim.reference)):
+        found |= {f"{name}_hash": other.hash} if other is not None else {}
+    if judge := settings.get("reward", {}).get("model"):
+        found["reward_model"] = run_hash(judge)
+    return found
 
 
 def resume_point(checkpoints: Checkpoints, identity: dict[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """What each value of a config may be, and the words for it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,7 @@ RULES: dict[str, Range] = {
     "rollout.group": AT_LEAST_1,
     "rollout.max_new_tokens": AT_LEAST_1,
     "rollout.max_num_seqs": AT_LEAST_0,
+    "reward.unfinished": Range("a finite number", math.isfinite),
     "rollout.top_k": AT_LEAST_0,
     "rollout.top_p": Range("above 0, at most 1", lambda x: 0 < x <= 1),
     "rollout.batches": AT_LEAST_1,

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ftjax.console import say
+from ftjax.console import say, warn
 from ftjax.data.loader import Loader
-from ftjax.errors import UserError
+from ftjax.errors import Stopped, UserError
 from ftjax.loading import Base, load_base
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.distill import TEACHER
@@ -34,7 +34,12 @@ FOLDER = "reference"
 
 
 def add_reference(
-    config: Any, ready: Prepared, trained: PyTree, frozen: PyTree, workdir: Path
+    config: Any,
+    ready: Prepared,
+    trained: PyTree,
+    frozen: PyTree,
+    workdir: Path,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Puts the reference's log-probabilities beside the groups, where they are needed.
 
@@ -47,6 +52,7 @@ def add_reference(
       trained: at the start of the run, before a step.
       frozen: the rest of the base.
       workdir: of the run.
+      stopping: whether the run is asked to stop.
 
     Raises:
       UserError: the rows come as a stream, which has not come yet.
@@ -68,14 +74,15 @@ def add_reference(
         if loader is None:
             continue
         path = workdir / FOLDER / f"{split}-{_key(config, base, loader)}.npy"
-        if not path.is_file():
+        found = _kept(path, loader)
+        if found is None:
             if policy is None:
                 policy = _variables(base, ready, trained, frozen)
             say(f"the reference reads the {split} data, once")
-            how = config.loss, ready.mesh, size
-            say_of = partial(task.reference, model)
-            _save(path, reference_sums(say_of, policy, loader, *how))
-        put_reference(loader, np.load(path, allow_pickle=False))
+            how = config.loss, ready.mesh, size, stopping
+            found = reference_sums(partial(task.reference, model), policy, loader, *how)
+            _save(path, found)
+        put_reference(loader, found)
 
 
 def with_teacher(ready: Prepared, frozen: PyTree) -> PyTree:
@@ -103,6 +110,7 @@ def reference_sums(
     loss: Any,
     mesh: Mesh,
     rows: int,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """log p of both members of every group: float32 [groups, 2].
 
@@ -113,10 +121,16 @@ def reference_sums(
       loss: `config.loss` of the task.
       mesh: of the variables.
       rows: of a batch.
+      stopping: whether to stop; looked at before each batch.
+
+    Raises:
+      Stopped: it was to stop.
     """
     both = jax.jit(lambda variables, batch: say_of(variables, batch, loss))
     found = np.zeros((len(loader.dataset.groups), len(REFERENCE)), np.float32)
     for batch, members in loader.epoch_groups(rows):
+        if stopping():
+            raise Stopped("stopped while the reference read the data: nothing is kept")
         sums_BU2 = np.asarray(both(variables, put_batch(batch, batch_sharding(mesh))))
         for row, groups in enumerate(members):
             found[groups] = sums_BU2[row, : len(groups)]
@@ -155,6 +169,19 @@ def _key(config: Any, base: Base, loader: Loader) -> str:
     }
     text = json.dumps(facts, sort_keys=True).encode()
     return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+def _kept(path: Path, loader: Loader) -> np.ndarray | None:
+    """What was saved there, unless it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        warn(f"{path.name} is damaged ({error}): the reference is asked again")
+        return None
+    good = found.shape == (len(loader.dataset.groups), len(REFERENCE))
+    return found if good and np.isfinite(found).all() else None
 
 
 def _save(path: Path, sums: np.ndarray) -> None:

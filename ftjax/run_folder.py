@@ -1,8 +1,10 @@
 """Reads the folder of a run: its saved JSON, and which step of it to use."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+from ftjax.checkpoints.manifest import MANIFEST
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.errors import UserError
 from ftjax.workdir import read_json
@@ -28,6 +30,19 @@ def read_run_config(workdir: str) -> dict[str, Any]:
             fix=f"pass it as --model={workdir}" if is_model else None,
         )
     return config
+
+
+def run_hash(workdir: str) -> str:
+    """The hash of the checkpoint of a run that is used: 16 hex digits.
+
+    Raises:
+      UserError: this is no run directory, or there is no checkpoint.
+    """
+    read_run_config(workdir)
+    saved = Checkpoints(Path(workdir).expanduser() / "checkpoints")
+    step, _ = choose_step(saved, "auto")
+    manifest = (saved.dir / str(step) / MANIFEST).read_bytes()
+    return hashlib.blake2b(manifest, digest_size=8).hexdigest()
 
 
 def choose_step(saved: Checkpoints, weights: str) -> tuple[int, str]:

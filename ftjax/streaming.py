@@ -50,6 +50,7 @@ class Supply:
         self._k, rows = config.train.accumulate, config.train.batch_size
         data, saved, self._game = ready.data, meta.get(META), game
         self._loader, self._rows = data.loader, rows
+        self._failed: UserError | None = None
         self._end = saved["end"] if saved else None
         self.stream: RowStream | None = None
         if data.loader is not None:
@@ -75,7 +76,11 @@ class Supply:
 
     def __call__(self, step: int, state: TrainState) -> Batch | None:
         if self.stream is None:
-            return self._stored(step, state)
+            try:
+                return self._stored(step, state)
+            except UserError as error:  # of a reward: what was trained is saved first
+                self._failed = error
+                return None
         batch = self.stream.batch(step)
         return None if batch is None else micro_batches(batch, self._k)
 
@@ -88,7 +93,7 @@ class Supply:
     @property
     def fault(self) -> UserError | None:
         """What is wrong with the rows that come next."""
-        return self.stream.fault if self.stream is not None else None
+        return self.stream.fault if self.stream is not None else self._failed
 
     def places(self, step: int) -> list[str]:
         """Where the rows of a step are from, of a data set that is stored."""

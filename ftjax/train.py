@@ -87,8 +87,7 @@ def train(job: Job, log: MetricLog, progress: Progress) -> None:
     """The loop of every task: the steps that are left, and what is done between them.
 
     Raises:
-      UserError: too many updates in a row had to be left out, the next row of a stream
-        is bad, or an evaluation failed; what was trained before is saved.
+      UserError: of updates, rows, rewards or an evaluation; what was trained is saved.
       Stopped: it was asked to stop, and has saved its last step.
     """
     c, supply, meta = job.config.train, job.supply, job.meta
@@ -132,6 +131,7 @@ def train(job: Job, log: MetricLog, progress: Progress) -> None:
         if halts and step < supply.last:
             break
         clock.restart()
+    watch.end()
     job.end(clock.elapsed)
 
 

@@ -27,6 +27,7 @@ class Watch:
         self.job, self._limit = job, job.config.train.max_skipped
         self._means_something = not task_of(job.config.task).online
         self._losses: deque[float] = deque(maxlen=BEFORE + RECENT)
+        self._seen = self._left_out = 0
 
     def see(self, step: int, values: dict[str, Any]) -> None:
         """Warns where the loss has risen.
@@ -34,6 +35,8 @@ class Watch:
         Raises:
           UserError: too many updates in a row had to be left out.
         """
+        self._seen += 1
+        self._left_out += values["skipped"] > 0
         if values["skipped"] >= self._limit:
             raise self._diverged(step, values)
         if values["skipped"] or not self._means_something:
@@ -49,6 +52,14 @@ class Watch:
             )
             self._losses.clear()
 
+    def end(self) -> None:
+        """Tells how many updates were left out, if any were."""
+        if self._left_out:
+            warn(
+                f"{self._left_out} of {self._seen} updates were left out, for want of "
+                "a finite loss and gradient, or of tokens to train on"
+            )
+
     def _diverged(self, step: int, values: dict[str, Any]) -> UserError:
         saved, rows = self.job.checkpoints.steps(), self.job.supply.places(step)
         named = ", ".join(rows[:SHOWN]) + (", ..." if len(rows) > SHOWN else "")
@@ -56,9 +67,10 @@ class Watch:
         return UserError(
             f"{values['skipped']} updates in a row had to be left out",
             where=f"step {step}" + (f", of {named}" if named else ""),
-            expected="a finite loss and gradient, and tokens to train on",
+            expected="a finite loss and gradient, and tokens to train on, or rewards",
             got=f"loss {values['loss']}, gradient norm {values['grad_norm']}",
-            fix=f"lower config.optim.lr; the last good checkpoint: {last}",
+            fix=f"lower config.optim.lr; the last good update is of step "
+            f"{step - values['skipped']}, the last good checkpoint: {last}",
             code=EXIT_DIVERGED,
         )
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ftjax.losses.grpo import token_loss
+from ftjax.errors import UserError
+from ftjax.losses.grpo import ADVANTAGES, REDUCTIONS, token_loss
 from ftjax.losses.sums import Sums
 from ftjax.models.decoder import Decoder
 from ftjax.objectives.online import (
@@ -27,8 +28,19 @@ def grpo(model: Decoder, config: Any) -> Objective:
     Args:
       model: of the policy.
       config: `loss` of `configs/grpo.py`: temperature, clip_low, clip_high, beta,
-        chunk.
+        chunk, and `type` and `scale`, which the rows were made by.
+
+    Raises:
+      UserError: there is no such type or scale.
     """
+    for name, known in (("type", REDUCTIONS), ("scale", ADVANTAGES)):
+        if config[name] not in known:
+            raise UserError(
+                f"there is no such {name} of this loss",
+                where=f"config.loss.{name}",
+                expected=", ".join(known),
+                got=config[name],
+            )
     clip = {"low": config.clip_low, "high": config.clip_high}
 
     def loss(policy: PyTree, frozen: PyTree, batch: PyTree, key: Any = None) -> Sums:

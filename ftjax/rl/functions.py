@@ -42,7 +42,7 @@ def find_reward(name: str, config: Any) -> Reward:
         )
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except (Exception, SystemExit) as error:  # whatever the module does as it loads
         raise UserError(
             "the reward function cannot be imported",
             where=f"{WHERE}={name}",

@@ -18,6 +18,7 @@ Scores = Callable[
     [Sequence[Columns], Sequence[Ids], Sequence[Ids], Sequence[bool]], np.ndarray
 ]
 MODEL = "model"  # the name of the reward model's reward
+LARGEST = 1e15  # of a reward: beyond, its variance in float32 is none
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Judge:
     """
 
     def __init__(self, config: Any, model: Scores | None = None):
-        names = [name.strip() for name in config.function.split(",") if name.strip()]
-        self.functions = {name: find_reward(name, config) for name in names}
+        names = _names(config)
+        self.functions = find_rewards(config)
         self.model, self.config = model, config
         self.names = [*names, *([MODEL] if model else [])]
         self.weights = _weights(config, self.names)
@@ -113,6 +114,19 @@ class Judge:
         )
 
 
+def find_rewards(config: Any) -> dict[str, Reward]:
+    """The functions of `config.reward` by their names.
+
+    Raises:
+      UserError: one that is not there.
+    """
+    return {name: find_reward(name, config) for name in _names(config)}
+
+
+def _names(config: Any) -> list[str]:
+    return [name.strip() for name in config.function.split(",") if name.strip()]
+
+
 def _called(
     name: str, function: Reward, rows: Sequence[Columns], texts: Sequence[str]
 ) -> list[float | None]:
@@ -128,7 +142,7 @@ def _called(
         found = function(prompts=prompts, completions=given, **columns)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             "the reward function failed",
             where=f"{WHERE}={name}",
@@ -136,7 +150,8 @@ def _called(
             fix="--debug shows where; it is called as "
             f"f(prompts=, completions=, {', '.join(f'{c}=' for c in columns)})"[:200],
         ) from error
-    values = list(found) if isinstance(found, list | tuple | np.ndarray) else None
+    is_list = isinstance(found, list | tuple | np.ndarray) and np.ndim(found) == 1
+    values = list(found) if is_list else None
     if values is None or len(values) != len(texts) or not all(map(_judges, values)):
         raise UserError(
             "the reward function gives something else than rewards",
@@ -144,11 +159,17 @@ def _called(
             expected=f"a list of {len(texts)} numbers, one per completion",
             got=clip(found, 120) if values is None else f"{len(values)}: {clip(found)}",
         )
-    return [None if x is None else float(x) for x in values]
+    return [None if x is None else _number(x) for x in values]
 
 
 def _judges(value: Any) -> bool:
-    return value is None or isinstance(value, int | float | np.number | np.bool_)
+    real = isinstance(value, int | float | np.number | np.bool_)
+    return value is None or (real and not isinstance(value, np.complexfloating))
+
+
+def _number(value: Any) -> float:
+    """A reward as a float; NaN where its square is beyond float32."""
+    return float(value) if abs(value) < LARGEST else math.nan
 
 
 def _weights(config: Any, names: list[str]) -> list[float]:

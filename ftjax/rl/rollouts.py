@@ -156,8 +156,7 @@ class Rollouts:
                 where="config.loss.max_kl",
                 expected=f"a KL per token of at most {self.config.loss.max_kl:g}",
                 got=f"{kl:.4g}",
-                fix="lower config.optim.lr or raise config.loss.beta; the last "
-                "checkpoint of the run is from before",
+                fix="lower config.optim.lr or raise config.loss.beta",
                 code=EXIT_DIVERGED,
             )
 

@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ftjax import train
+from ftjax.checkpoints.state import Checkpoints
 from ftjax.errors import EXIT_DIVERGED, EXIT_USER, UserError
 from ftjax.metrics import METRICS, read_rows
 from tests.faults.commands import copy_model, edit_json, write_rows
-from tests.rl.small import config_of, open_small, write_prompts
+from tests.rl.small import config_of, letters, open_small, write_prompts
 from tests.runs import make_run
 
 HERE = "tests.faults.test_rl_faults:"
@@ -62,6 +65,74 @@ def test_r29_a_reward_that_fails(tiny: Path, prompts: Path, tmp_path: Path) -> N
         config = config_of("grpo", tiny, prompts, train__sample_rows=0)
         config.reward.function = HERE + name
         refused(config, tmp_path / name, *parts, HERE + name, code=code)
+
+
+def huge(completions: Any, **_: Any) -> list[float]:
+    return [1e20] * len(completions)
+
+
+def leaves(completions: Any, **_: Any) -> list[float]:
+    raise SystemExit(0)
+
+
+def alone(completions: Any, **_: Any) -> Any:
+    return np.array(1.0)
+
+
+def test_r29_a_reward_that_is_no_reward(
+    tiny: Path, prompts: Path, tmp_path: Path
+) -> None:
+    for name, code, part in (
+        ("huge", EXIT_DIVERGED, "no finite number"),
+        ("leaves", EXIT_USER, "SystemExit"),
+        ("alone", EXIT_USER, "a list of 6 numbers"),
+    ):
+        config = config_of("grpo", tiny, prompts, train__sample_rows=0)
+        config.reward.function = HERE + name
+        refused(config, tmp_path / name, part, code=code)
+    config = config_of("grpo", tiny, prompts, loss__type="foo")
+    refused(config, tmp_path / "type", "config.loss.type", "dr_grpo", "foo")
+
+
+calls = 0
+
+
+def at_last(completions: Any, **columns: Any) -> list[float]:
+    """Fails from the fourth call on: the first is the evaluation before."""
+    global calls
+    calls += 1
+    if calls > 3:
+        raise OSError("the grader is away")
+    return letters(completions=completions, **columns)
+
+
+def test_r29_a_reward_that_fails_later_costs_no_step(
+    tiny: Path, prompts: Path, tmp_path: Path
+) -> None:
+    global calls
+    config = config_of("grpo", tiny, prompts, train__sample_rows=0)
+    config.reward.function = HERE + "at_last"
+    calls = 0
+    refused(config, tmp_path / "run", "the grader is away")
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", report=print)
+    assert checkpoints.latest() == 2
+    calls = -99
+    train.run(config, str(tmp_path / "run"))
+    rows = read_rows(tmp_path / "run" / METRICS)
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
+
+
+def test_a_reward_model_that_has_changed(
+    tiny: Path, prompts: Path, tmp_path: Path
+) -> None:
+    judge = make_run(tmp_path / "judge", tiny, task="reward")
+    config = config_of("grpo", tiny, prompts, train__sample_rows=0)
+    config.reward.function, config.reward.model = "", str(judge)
+    train.run(config, str(tmp_path / "run"))
+    shutil.rmtree(judge)
+    make_run(judge, tiny, task="reward", steps=((20, None),))
+    config.train.steps = 6
+    refused(config, tmp_path / "run", "belong to another run", "reward_model")
 
 
 def test_r29_d29_rewards_without_a_signal(
