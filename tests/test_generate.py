@@ -1,6 +1,8 @@
 """The command that continues prompts and talks."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ftjax.decoding.generator import Generator
 from ftjax.decoding.sampling import Sampling
 from ftjax.policy import open_policy
 from tests.cli import run_cli
+from tests.conftest import ROOT
 from tests.runs import make_run
 from tests.tiny import make_tiny_checkpoint
 
@@ -140,3 +143,12 @@ def test_the_model_decides_where_to_stop(tmp_path: Path, run: Run) -> None:
     made = run(f"--model={plain}", *flags)
     assert made["tokens"] == free[: free.index(free[4]) + 1]
     assert made["stopped"]
+
+
+def test_prompts_that_are_no_text(tiny_llama: Path) -> None:
+    command = [sys.executable, "-m", "ftjax.generate", f"--model={tiny_llama}"]
+    done = subprocess.run(
+        command, input=b"the\ncaf\xe9\n", capture_output=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 2
+    assert b"a prompt is no text" in done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from configs import dpo as dpo_config
+from ftjax.errors import Stopped
 from ftjax.objectives.dpo import REFERENCE, pair_logps
 from ftjax.prepare import Prepared, load_variables, prepare
 from ftjax.reference import add_reference
@@ -30,7 +32,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(
-    model: Path, data: Path, workdir: Path, method: str, **changes: Any
+    model: Path,
+    data: Path,
+    workdir: Path,
+    method: str,
+    stopping: Callable[[], bool] = lambda: False,
+    **changes: Any,
 ) -> tuple[Prepared, Any]:
     """(what a run has prepared, what of it is frozen), after its reference was read."""
     config = dpo_config.get_config(f"model={model},method={method}")
@@ -42,7 +49,7 @@ def started(
     config.loss.update(changes)
     ready = prepare(config)
     trained, frozen, _ = load_variables(config, ready.base, ready.shape, ready.mesh)
-    add_reference(config, ready, trained, frozen, workdir)
+    add_reference(config, ready, trained, frozen, workdir, stopping)
     return ready, frozen
 
 
@@ -81,3 +88,28 @@ def test_all_references_are_one(tiny_llama: Path, data: Path, tmp_path: Path) ->
         found, _ = started(tiny_llama, data, workdir, method, **changes)
         np.testing.assert_allclose(numbers(found), expected, rtol=1e-5, err_msg=name)
         assert len(list((workdir / "reference").glob("train-*.npy"))) == 1
+
+
+def test_a_damaged_file_is_made_again(
+    tiny_llama: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ready, _ = started(tiny_llama, data, tmp_path, "full")
+    [file] = (tmp_path / "reference").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-5], whole[:40]):
+        file.write_bytes(damaged)
+        again, _ = started(tiny_llama, data, tmp_path, "full")
+        np.testing.assert_array_equal(numbers(again), numbers(ready))
+        assert file.read_bytes() == whole
+        assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_stop_is_heard_while_it_reads(
+    tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped, match="nothing is kept"):
+        started(tiny_llama, data, tmp_path, "full", stopping=lambda: True)
+    assert not (tmp_path / "reference").exists()
