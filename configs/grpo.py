@@ -6,8 +6,8 @@
 
 Rows have a `prompt`, text or messages; other columns go to the reward, which is
 `f(prompts, completions, **columns)` and gives a number per completion. Without a model
-and data it teaches the shipped base to answer in so many words. The loss is near 0 by
-construction: watch `reward`. The eval loss is minus the mean reward.
+and data it teaches the shipped base to answer in so many words. The loss says
+nothing: watch `reward`. The eval loss is minus the mean reward.
 """
 
 from ml_collections import ConfigDict

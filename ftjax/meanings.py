@@ -19,6 +19,10 @@ NATS, SHARE, PLAIN = "{:.4f}", "{:.2%}", "{:.4g}"
 MEANINGS: dict[str, Meaning] = {
     "loss": Meaning(NATS, -1, "what is minimised: the sum of the terms of the task"),
     "perplexity": Meaning("{:.3f}", -1, "exp of the loss per token"),
+    "bits_per_byte": Meaning(
+        NATS, -1, "of text; this compares models with different tokenizers"
+    ),
+    "byte_perplexity": Meaning("{:.3f}", -1, "2 to the power of bits_per_byte"),
     "token_accuracy": Meaning(SHARE, 1, "trained tokens that the model ranks first"),
     "nll": Meaning(NATS, -1, "negative log-likelihood per token it is taken over"),
     "preference": Meaning(NATS, -1, "the term of the pairs, per pair"),
@@ -75,9 +79,17 @@ MEANINGS: dict[str, Meaning] = {
     ),
     "frac_reward_zero_std": Meaning(SHARE, -1, "prompts whose answers all earn alike"),
     "completions/mean_length": Meaning(PLAIN, 0, "new tokens of an answer"),
+    "completions/mean_terminated_length": Meaning(PLAIN, 0, "of those that ended"),
     "completions/clipped_ratio": Meaning(SHARE, -1, "answers cut off unfinished"),
+    "completions/empty_ratio": Meaning(SHARE, -1, "answers without a word"),
+    "frac_reward_nan": Meaning(SHARE, -1, "answers whose reward is no number"),
     "objective/kl": Meaning(PLAIN, 0, "KL to the reference, of a whole answer"),
-    "kl": Meaning(PLAIN, 0, "how far the policy is from its reference, nats"),
+    "kl": Meaning(
+        PLAIN,
+        0,
+        "how far the policy is from its reference, nats per token; measured where a "
+        "reference is needed: loss.beta or loss.max_kl above 0",
+    ),
     "accuracy": Meaning(SHARE, 1, "pairs whose chosen answer has the larger reward"),
     "accuracy_fair": Meaning(SHARE, 1, "the same with ties as one half"),
     "margin": Meaning(PLAIN, 1, "reward of the chosen answer less the rejected one's"),
@@ -86,11 +98,26 @@ MEANINGS: dict[str, Meaning] = {
     "max_reward": Meaning(PLAIN, 0, "the largest reward"),
 }
 
+# Of training steps alone, beside those above.
+OF_STEPS: dict[str, str] = {
+    "grad_norm": "of the gradient, before it is clipped",
+    "skipped": "updates left out in a row: no finite gradient, or nothing to train on",
+    "lr": "the rate of the step",
+    "tokens": "trained tokens so far; of an evaluation: its own",
+    "tokens_per_s": "places of the step's rows that hold a token, trained or not",
+    "time": "seconds since the run began",
+    "value_loss": "PPO: of the value head, per token",
+    "objective/rlhf_reward": "PPO: the reward of an answer less the price of its KL",
+    "clip_ratio/*": "tokens whose probability moved beyond the clip, and where",
+    "rewards/NAME/mean": "what each of several rewards gives, before its weight",
+}
+
 
 def table() -> str:
     """All of them, as Markdown."""
     lines = ["| metric | what it says |", "|---|---|"]
     lines += [f"| `{name}` | {meaning.text} |" for name, meaning in MEANINGS.items()]
+    lines += [f"| `{name}` | {text} |" for name, text in OF_STEPS.items()]
     return "\n".join(lines) + "\n"
 
 
