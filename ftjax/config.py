@@ -286,6 +286,7 @@ def _long_warmup(warmup: int, steps: int) -> UserError:
         where="config.optim.warmup",
         expected=f"fewer than the {steps} steps of the run",
         got=str(warmup),
+        fix=f"--config.optim.warmup={steps // 10}",
     )
 
 

@@ -102,6 +102,7 @@ def begin(config: Any, ready: Prepared, folder: Workdir, stop: StopRequest) -> J
         config, ready.base, ready.shape, ready.mesh
     )
     add_reference(config, ready, trained, frozen, folder.path, lambda: stop.requested)
+    game = open_rollouts(config, ready, frozen)
     folder.save_config(config.to_dict())  # no bad input can be found from here on
     if stop.requested and not first:
         raise Stopped("stopped before the first step: there is nothing to save")
@@ -112,7 +113,6 @@ def begin(config: Any, ready: Prepared, folder: Workdir, stop: StopRequest) -> J
     if first:
         meta = checkpoints.meta(first)
         state = checkpoints.restore(first, state)
-    game = open_rollouts(config, ready, frozen)
     supply = Supply(config, ready, folder.path, lambda: stop.requested, meta, game)
     if first:
         done = first >= supply.last

@@ -92,6 +92,10 @@ def test_r29_a_reward_that_is_no_reward(
         refused(config, tmp_path / name, part, code=code)
     config = config_of("grpo", tiny, prompts, loss__type="foo")
     refused(config, tmp_path / "type", "config.loss.type", "dr_grpo", "foo")
+    config = config_of("grpo", tiny, prompts)
+    config.reward.function = "nowhere:reward"
+    refused(config, tmp_path / "import", "nowhere.py in this folder")
+    assert not (tmp_path / "import" / "config.json").exists(), "this is no run yet"
 
 
 calls = 0
