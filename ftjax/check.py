@@ -15,9 +15,7 @@ from ftjax.console import say, table
 from ftjax.data.show import show_group
 from ftjax.errors import UserError
 from ftjax.memory import estimate
-from ftjax.objectives.tasks import task_of
 from ftjax.prepare import Prepared, prepare, trainable_rows
-from ftjax.rl.rewards import find_rewards
 
 
 def main(args: flags.FlagValues) -> dict[str, Any]:
@@ -30,8 +28,6 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     count = min(args.rows, len(data.groups))
     for i in range(count):
         say(show_group(data, i * len(data.groups) // count, ready.base.tokenizer))
-    if task_of(args.config.task).online:
-        find_rewards(args.config.reward)
     say(describe.plan(args.config, ready))
     sizes = estimate(args.config, ready.shape, ready.data.length, ready.mesh)
     say("\nmemory per device, from shapes (activations are an upper estimate)")

@@ -20,6 +20,9 @@ EXIT_BUSY = 5
 EXIT_BUG = 70
 EXIT_STOPPED = 75
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE_TEXTS = ("No space left", "Disk quota exceeded", "File too large")
+
 
 class UserError(Exception):
     """A mistake that the user can mend.
@@ -116,6 +119,26 @@ def run_entry(main: Callable[[list[str]], None], argv: list[str]) -> int:
     return EXIT_OK
 
 
+def disk_full(
+    error: BaseException, path: str | os.PathLike[str] | None
+) -> UserError | None:
+    """What to tell the user of a write that found no space; None: it is not that.
+
+    Libraries wrap the operating system's errors; then their text has to do.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in _NO_SPACE and not any(t in str(error) for t in _NO_SPACE_TEXTS):
+        return None
+    return UserError(
+        "the disk is full",
+        where=path,
+        got=os.strerror(number or errno.ENOSPC),
+        fix="free some space and start the same command again: it continues "
+        "from the last saved step",
+        code=EXIT_RESOURCES,
+    )
+
+
 def _in_the_input(error: BaseException) -> UserError | None:
     """What other libraries raise for input that is wrong, whoever reads it."""
     if type(error).__name__ == "PanicException":
@@ -124,14 +147,8 @@ def _in_the_input(error: BaseException) -> UserError | None:
             got=str(error)[:300],
             fix="use the tokenizer files that were published with the model",
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            "there is no space left",
-            where=error.filename or "the disk of --workdir or --out",
-            got=str(error),
-            fix="make room; the same command continues after the last checkpoint",
-            code=EXIT_RESOURCES,
-        )
+    if isinstance(error, OSError) and (full := disk_full(error, error.filename)):
+        return full
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return UserError("a path is too long", got=str(error.filename)[:200])
     if isinstance(error, RuntimeError) and "home directory" in str(error):

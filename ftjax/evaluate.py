@@ -40,9 +40,9 @@ from ftjax.evals.scores import score_rows
 from ftjax.loading import Base, load_base
 from ftjax.methods.heads import SCORE
 from ftjax.objectives.distill import TEACHER
-from ftjax.objectives.tasks import Task, task_of
+from ftjax.objectives.tasks import task_of
 from ftjax.policy import Policy, open_policy
-from ftjax.prepare import Aim, plan_objective
+from ftjax.prepare import plan_objective
 from ftjax.reference import put_reference, reference_sums
 from ftjax.rl.player import Player
 from ftjax.rl.setup import open_judge
@@ -201,10 +201,16 @@ def measure(
         say(loader.dataset.report.text())
     aim = plan_objective(task, loss, policy.model, policy.base)
     frozen: Any = {}
-    if what.reference is not None:
-        frozen = _reference(what, aim, policy, loader, loss, (mesh, rows))
     if aim.teacher is not None:
         frozen = {TEACHER: load_base(aim.teacher, jnp.float32, mesh)}
+    elif what.reference is not None and aim.reference is not None:
+        say_of = partial(what.reference, policy.model.clone(spec=aim.reference.spec))
+        weights = load_base(aim.reference, jnp.float32, mesh)
+        put_reference(loader, reference_sums(say_of, weights, loader, loss, mesh, rows))
+    elif what.reference is not None:
+        frozen = policy.frozen
+        if frozen is None:
+            frozen = load_base(policy.base, jnp.float32, mesh)
     found = evaluate(
         make_sum_batch(aim.objective),
         policy.variables,
@@ -233,26 +239,6 @@ def _judged(
     player = Player(policy.base, jnp.float32, saved["seed"], rollout, judge)
     found = player.evaluate(policy.variables, data, args.batch_size)
     return found, data.report
-
-
-def _reference(
-    what: Task,
-    aim: Aim,
-    policy: Policy,
-    loader: Loader,
-    loss: Any,
-    where: tuple[Mesh, int],
-) -> Any:
-    """The base's variables; of another reference, its numbers go into the data."""
-    mesh, rows = where
-    if aim.reference is None or what.reference is None:
-        if policy.frozen is not None:
-            return policy.frozen
-        return load_base(policy.base, jnp.float32, mesh)
-    say_of = partial(what.reference, policy.model.clone(spec=aim.reference.spec))
-    weights = load_base(aim.reference, jnp.float32, mesh)
-    put_reference(loader, reference_sums(say_of, weights, loader, loss, mesh, rows))
-    return {}
 
 
 def _check_head(policy: Policy, task: str) -> None:

@@ -52,6 +52,7 @@ from ftjax.models.proj import (
 from ftjax.models.spec import ModelSpec
 from ftjax.objectives.tasks import check_sharing, plan_task, task_of
 from ftjax.optimizers.muon import Matrices
+from ftjax.rl.rewards import find_rewards
 from ftjax.sharding import make_mesh, shard_tree
 from ftjax.step import Objective
 
@@ -88,6 +89,8 @@ def prepare(config: Any) -> Prepared:
     # A mapped step has no mesh inside: each device sees its own rows.
     shape = prepare_shape(config, base, None if config.parallel == "pmap" else mesh)
     aim = plan_objective(config.task, config.loss, shape.model, base)
+    if task_of(config.task).online:
+        find_rewards(config.reward)  # refuses one that is not there
     room = base.spec.max_positions - virtual_count(shape.method)
     data = prepare_data(config, base, room)
     steps = total_steps(config, data.rows)

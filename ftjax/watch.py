@@ -20,7 +20,7 @@ SHOWN = 5  # rows that are named
 class Watch:
     """Sees what every step gives.
 
-    The loss of a policy on its own answers is near 0 by construction, and not watched.
+    The loss of a policy on its own answers says nothing, and is not watched.
     """
 
     def __init__(self, job: Job):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ftjax.errors import EXIT_RESOURCES, UserError
+from ftjax.errors import EXIT_RESOURCES, UserError, disk_full
 from ftjax.lock import Holder, release_lock, take_lock
 
 # What may differ when a run is continued: how long it is, what it reports and keeps,
@@ -33,8 +33,6 @@ CHANGEABLE = (
     "parallel",
     "log.*",
 )
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_SPACE_TEXTS = ("No space left", "Disk quota exceeded", "File too large")
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
 _NOT_SET = "(not set)"
 
@@ -245,21 +243,10 @@ def require_space(folder: Path, needed: int, what: str = "this") -> None:
 
 
 def storage_error(error: BaseException, path: Path) -> UserError | None:
-    """What to tell the user of a failed write, or None if it is not about storage.
-
-    Libraries wrap the operating system's errors; then their text has to do.
-    """
+    """What to tell the user of a failed write, or None if it is not about storage."""
+    if full := disk_full(error, path):
+        return full
     number = error.errno if isinstance(error, OSError) else None
-    text = str(error)
-    if number in _NO_SPACE or any(t in text for t in _NO_SPACE_TEXTS):
-        return UserError(
-            "the disk is full",
-            where=path,
-            got=os.strerror(number or errno.ENOSPC),
-            fix="free some space and start the same command again: it continues "
-            "from the last saved step",
-            code=EXIT_RESOURCES,
-        )
     if number in _UNWRITABLE:
         return UserError(
             "the run directory can no longer be written to",
@@ -271,8 +258,8 @@ def storage_error(error: BaseException, path: Path) -> UserError | None:
 
 
 def _unusable(error: Exception, path: str | os.PathLike[str]) -> Exception:
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        return storage_error(error, Path(path)) or error
+    if full := disk_full(error, path):
+        return full
     reason = error.strerror if isinstance(error, OSError) else str(error)
     blocker = getattr(error, "filename", None)
     if isinstance(error, FileExistsError):

@@ -21,7 +21,14 @@ from experiments.objectives.results import (
     write_lines,
     write_picture,
 )
-from experiments.objectives.sweep import RUNS, SETS, folder_of, model_of, settings
+from experiments.objectives.sweep import (
+    RUNS,
+    SETS,
+    folder_of,
+    model_of,
+    settings,
+    write_code,
+)
 from ftjax import cli
 from ftjax.console import say
 from ftjax.errors import UserError
@@ -44,6 +51,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     if wrong := [name for name in names if name not in RUNS]:
         known = ", ".join(RUNS)
         raise UserError("no such run", where="--runs", expected=known, got=str(wrong))
+    write_code(out)
     results = []
     for number, name in enumerate(names, 1):
         say(f"[{number}/{len(names)}] {name}")

@@ -137,18 +137,21 @@ def stories(task: str) -> dict[str, Any]:
 
 
 def code(out: Path) -> dict[str, Any]:
-    """Data that is new to the shipped base: Python code, not Python's documentation.
+    """Data that is new to the shipped base: what `write_code` writes."""
+    files = {f"data.{split}": str(code_file(out, split).resolve()) for split in CODE}
+    return {"data.separator": BETWEEN, **files}
 
-    Written from sources of the standard library, a document for each definition.
-    """
-    values: dict[str, Any] = {"data.separator": BETWEEN}
+
+def code_file(out: Path, split: str) -> Path:
+    return out / f"code_{split}.txt"
+
+
+def write_code(out: Path) -> None:
+    """Sources of the standard library as text, a document for each definition."""
+    out.mkdir(parents=True, exist_ok=True)
     for split, names in CODE.items():
-        path = out / f"code_{split}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
         sources = [inspect.getsource(importlib.import_module(name)) for name in names]
-        path.write_text("\n\n\n".join(sources), encoding="utf-8")
-        values[f"data.{split}"] = str(path.resolve())
-    return values
+        code_file(out, split).write_text("\n\n\n".join(sources), encoding="utf-8")
 
 
 def model_of(on: str) -> str:
