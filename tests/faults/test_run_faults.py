@@ -183,7 +183,9 @@ def test_a_second_interrupt_stops_at_once(
         run.process.send_signal(signal.SIGINT)
         run.wait_for_line(run.log, "press Ctrl-C again")
         result = run.stop(signal.SIGINT)
-    assert result.code == 130 and "interrupted" in result.out
+    # Inside an exec() of source text, as dataclasses do it, Python marks the interrupt
+    # and ends `python -m` by the signal itself: to a shell both are 130.
+    assert result.code in (130, -signal.SIGINT) and "interrupted" in result.out
     assert "Traceback" not in result.out
     assert not (workdir / "checkpoints").exists()
 
