@@ -241,7 +241,7 @@ def _check_optimizer(config: Any) -> None:
 def _check_rollouts(config: Any) -> None:
     """Rollouts are whole groups, and a run stops between them only."""
     train, rollout = config.train, config.rollout
-    size, unit = train.batch_size * rollout.batches, rollout.batches * rollout.passes
+    size, unit = train.batch_size * rollout.batches, rollout_steps(config)
     if size % rollout.group:
         near = -(-train.batch_size // rollout.group) * rollout.group
         raise UserError(
@@ -251,8 +251,8 @@ def _check_rollouts(config: Any) -> None:
             got=f"{size} completions in groups of {rollout.group}",
             fix=f"--config.train.batch_size={near}",
         )
-    for name in ("save_every", "eval_every"):
-        if train[name] % unit:
+    for name in ("steps", "save_every", "eval_every"):
+        if (train[name] or 0) % unit:
             near = -(-train[name] // unit) * unit
             raise UserError(
                 "a run is saved between rollouts only: half of one cannot continue",
@@ -261,6 +261,12 @@ def _check_rollouts(config: Any) -> None:
                 got=str(train[name]),
                 fix=f"--config.train.{name}={near}",
             )
+
+
+def rollout_steps(config: Any) -> int:
+    """Optimizer steps that live on one rollout; 1 where there are no rollouts."""
+    rollout = config.get("rollout")
+    return rollout.batches * rollout.passes if rollout else 1
 
 
 def prompt_room(max_length: int, new: int) -> int:
@@ -291,14 +297,18 @@ def _long_warmup(warmup: int, steps: int) -> UserError:
 
 
 def total_steps(config: Any, rows_per_epoch: int) -> int:
-    """Optimizer steps of the run: `train.steps`, or `train.epochs` (1 if neither)."""
+    """Optimizer steps of the run: `train.steps`, or `train.epochs` (1 if neither).
+
+    An epoch that ends within a rollout goes on to its end.
+    """
     if config.train.steps is not None:
         return config.train.steps
     epochs = 1.0 if config.train.epochs is None else config.train.epochs
     steps = math.ceil(epochs * rows_per_epoch / config.train.batch_size)
+    steps = -(-steps // rollout_steps(config)) * rollout_steps(config)
     if config.optim.warmup >= steps > 0 and config.optim.warmup > 0:
         raise _long_warmup(config.optim.warmup, steps)
-    return max(1, steps)
+    return max(rollout_steps(config), steps)
 
 
 def check_devices(config: Any, devices: int) -> None:

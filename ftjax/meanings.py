@@ -23,7 +23,9 @@ MEANINGS: dict[str, Meaning] = {
         NATS, -1, "of text; this compares models with different tokenizers"
     ),
     "byte_perplexity": Meaning("{:.3f}", -1, "2 to the power of bits_per_byte"),
-    "token_accuracy": Meaning(SHARE, 1, "trained tokens that the model ranks first"),
+    "token_accuracy": Meaning(
+        SHARE, 1, "trained tokens that the model ranks first; 1/n where n tie"
+    ),
     "nll": Meaning(NATS, -1, "negative log-likelihood per token it is taken over"),
     "preference": Meaning(NATS, -1, "the term of the pairs, per pair"),
     "sft": Meaning(NATS, -1, "the likelihood term of a mixture, per chosen token"),

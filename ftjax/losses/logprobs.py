@@ -20,6 +20,7 @@ from ftjax.losses.chunks import (
     head_logits,
     one_hot,
     paste,
+    ranked_first,
     reorder,
     weighted_first,
 )
@@ -31,7 +32,7 @@ class NLL(NamedTuple):
     """Sums over the weighted positions; `correct` and `logp_BT` carry no gradient."""
 
     sum: Array  # [], sum of weight * -log p, smoothed where that is asked for
-    correct: Array  # [], weight of positions whose target has the highest logit
+    correct: Array  # [], weight of positions whose target is ranked first
     logp_BT: Array  # [B, T] float32, log p(target); 0 where the weight is 0
 
 
@@ -164,14 +165,13 @@ def _chunk(
     norm = jnp.sum(exps, axis=-1, keepdims=True)
     at = jnp.take_along_axis(logits, targets[..., None], axis=-1)
     logp = (at - top - jnp.log(norm))[..., 0]
-    hits = (at == top)[..., 0].astype(weights.dtype)
     loss = -logp
     if eps:
         mean_logp = jnp.mean(logits - top, axis=-1) - jnp.log(norm[..., 0])
         loss = label_smoothed(logp, mean_logp, label_smoothing=eps)
     found = NLL(
         jnp.sum(weights * loss),
-        jnp.sum(weights * hits),
+        jnp.sum(weights * ranked_first(logits, top, at)),
         jnp.where(weights != 0, logp, 0),
     )
     if not with_error:

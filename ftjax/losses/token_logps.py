@@ -22,6 +22,7 @@ from ftjax.losses.chunks import (
     head_logits,
     one_hot,
     paste,
+    ranked_first,
     reorder,
     weighted_first,
 )
@@ -36,7 +37,7 @@ class TokenLogps(NamedTuple):
 
     logp_BT: Array  # log softmax(logits)[target]
     entropy_BT: Array  # -sum_v p_v log p_v, nats
-    correct_BT: Array  # 1 where no logit is above the target's, else 0
+    correct_BT: Array  # 1 where the target is ranked first, 1/n of n ties
     mean_logit_BT: Array  # the mean of the logits over the vocabulary
     mean_logp_BT: Array  # the mean of log p_v over the vocabulary: for label smoothing
 
@@ -149,7 +150,7 @@ def _chunk(rows: _Rows, matrix: Array, temperature: Array) -> tuple[Array, ...]:
     return (
         (at - top)[..., 0] - jnp.log(norm),
         jnp.log(norm) - below,
-        (at == top)[..., 0].astype(jnp.float32),
+        ranked_first(logits, top, at),
         jnp.mean(logits, axis=-1),
         jnp.mean(logits - top, axis=-1) - jnp.log(norm),
         lse,

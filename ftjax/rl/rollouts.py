@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftjax.config import rollout_steps
 from ftjax.console import warn
 from ftjax.data.loader import Batch
 from ftjax.data.order import permutation
@@ -54,9 +55,8 @@ class Rollouts:
     ):
         self.config, self.ready, self.player = config, ready, player
         self.frozen, self.reference = frozen, reference
-        c = config.rollout
-        self.unit = c.batches * c.passes
-        self.size = config.train.batch_size * c.batches  # completions
+        self.unit = rollout_steps(config)
+        self.size = config.train.batch_size * config.rollout.batches  # completions
         self._rows: Batch = {}
         self._number, self._warned = -1, False
         self.critic = task_of(config.task).head == VALUE
@@ -73,8 +73,7 @@ class Rollouts:
                 where="config.rollout.batches, config.rollout.passes",
                 expected=f"a last step that is a multiple of {self.unit}",
                 got=str(step),
-                fix="let a run end with a whole rollout, and continue it with the "
-                "batches and passes that it began with",
+                fix="continue with the batches and passes that the run began with",
             )
         c = self.config
         turn, place = divmod(part, c.rollout.batches)

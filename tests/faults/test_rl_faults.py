@@ -216,6 +216,7 @@ def test_rows_and_settings_that_do_not_fit(
 ) -> None:
     for values, parts in (
         ({"rollout__group": 3}, ("whole groups", "--config.train.batch_size=9")),
+        ({"rollout__passes": 2, "train__steps": 5}, ("config.train.steps", "=6")),
         ({"rollout__passes": 3}, ("between rollouts", "a multiple of", "=6")),
         ({"rollout__max_new_tokens": 64}, ("no room for a prompt",)),
         ({"loss__temperature": 0.0}, ("config.loss.temperature",)),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax.losses.logprobs import chunked_nll
 from ftjax.losses.token_logps import TokenLogps, token_logps
 from tests.losses.programs import sizes
 
@@ -80,6 +81,17 @@ def test_values_and_both_gradients_are_the_naive_ones(chunk: int) -> None:
         assert np.abs(b).max() > 1
         np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())
     np.testing.assert_array_equal(grads[0][np.asarray(w) == 0], 0)
+
+
+def test_a_tie_is_shared_so_that_a_dead_model_is_right_by_chance() -> None:
+    hidden, head, targets, w = inputs(jnp.float32)
+    ones = jnp.ones_like(w)
+    dead = token_logps(0 * hidden, head, targets, ones, 4)
+    np.testing.assert_allclose(dead.correct_BT, 1 / V, rtol=1e-6)
+    nll = chunked_nll(0 * hidden, head, targets, ones, 4)
+    np.testing.assert_allclose(nll.correct, B * T / V, rtol=1e-5)
+    broken = token_logps(jnp.nan * hidden, head, targets, ones, 4)
+    np.testing.assert_array_equal(broken.correct_BT, 0)
 
 
 def test_one_gradient_does_not_depend_on_the_other() -> None:

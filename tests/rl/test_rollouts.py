@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from ftjax.config import total_steps
 from ftjax.models.cached import cached_logits, init_cache, split_layers
 from ftjax.objectives.tasks import task_of
 from ftjax.step import init_state, mean_loss, sum_micro_batches
@@ -52,6 +53,17 @@ def grpo(tiny_llama: Path, prompts: Path) -> Any:
     game, trained, frozen = open_small(config)
     trained = moved(trained)
     return config, game, trained, frozen, game.rollout(0, trained)
+
+
+def test_an_epoch_goes_on_to_the_end_of_its_last_rollout(
+    tiny_llama: Path, prompts: Path
+) -> None:
+    config = config_of("ppo", tiny_llama, prompts, rollout__passes=4)
+    size = config.train.batch_size
+    config.train.update({"steps": None, "epochs": 1.0})
+    assert total_steps(config, 9 * size) == 12
+    assert total_steps(config, 8 * size) == 8
+    assert total_steps(config, 1) == 4
 
 
 def full_logps(game: Any, variables: Any, rows: Any) -> np.ndarray:
