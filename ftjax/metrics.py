@@ -110,17 +110,17 @@ class MetricLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; [] where there is none, torn lines left out."""
+    """The rows of a JSONL file; [] where there is none, other lines left out."""
     return [_decoded(row) for _, row in _lines(path) if row is not None]
 
 
 def cut_rows(path: Path, last_step: int) -> int:
-    """Drops rows after `last_step` and torn lines; returns how many went.
+    """Drops rows after `last_step` and other lines; returns how many went.
 
     The file is replaced in one rename: a kill at any moment leaves the old or the new.
     """
     lines = list(_lines(path))
-    kept = [line for line, row in lines if row and row.get("step", 0) <= last_step]
+    kept = [line for line, row in lines if row and row["step"] <= last_step]
     if len(kept) < len(lines):
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", encoding="utf-8") as file:
@@ -132,7 +132,7 @@ def cut_rows(path: Path, last_step: int) -> int:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """(line, row) pairs; the row of a line that is not a whole JSON object is None."""
+    """(line, row) pairs; the row of a line that is torn, or not ours, is None."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
@@ -141,7 +141,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
                 row = json.loads(line) if line.endswith("\n") else None
             except json.JSONDecodeError:
                 row = None
-            yield line, row if isinstance(row, dict) else None
+            ours = isinstance(row, dict) and isinstance(row.get("step"), int)
+            yield line, row if ours else None
 
 
 def _number(value: Any) -> int | float:

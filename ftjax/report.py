@@ -73,15 +73,21 @@ def write_report(workdir: Path) -> None:
     rows = read_rows(workdir / METRICS)
     samples = read_rows(workdir / SAMPLES)
     config = _read_config(workdir / "config.json")
-    loss = curves.loss_series(
-        _points(rows, "train", "loss"), _points(rows, "eval", "loss")
-    )
+    loss = _loss_series(rows)
     title = _title(config, workdir)
     curves.write_loss_png(workdir / "loss.png", _panels(rows, loss), title)
     page = _page(title, rows, samples, config, loss)
     partial = workdir / "report.html.partial"
     partial.write_text(page, encoding="utf-8")
     partial.replace(workdir / "report.html")
+
+
+def _loss_series(rows: list[Row]) -> list[curves.Series]:
+    """Where answers earn rewards, the eval loss is minus those: of another kind."""
+    evals = _points(rows, "eval", "loss")
+    if _points(rows, "eval", "reward"):
+        evals = []
+    return curves.loss_series(_points(rows, "train", "loss"), evals)
 
 
 def _panels(
@@ -206,7 +212,8 @@ def _results(rows: list[Row]) -> str:
     if evals:
         first, last = evals[0], evals[-1]
         for name in TILES:
-            if name in first and name in last:
+            told_as_reward = name == "loss" and "reward" in first
+            if name in first and name in last and not told_as_reward:
                 shown = MEANINGS[name].shown
                 before = shown.format(first[name])
                 was = f", was {before}" if len(evals) > 1 else ""
@@ -262,12 +269,14 @@ def _loss_of(row: Row) -> float:
 
 
 def _curves(rows: list[Row], loss: Sequence[curves.Series]) -> str:
-    keys = "".join(f'<i class="{one.kind}"></i>{_esc(one.name)}' for one in loss)
-    figures = [_figure("Loss", keys, curves.svg_chart("Loss", loss))]
+    charts: dict[str, Sequence[curves.Series]] = {"Loss": loss}
     for name in CHARTS:
-        own = _points(rows, "train", name), _points(rows, "eval", name)
-        if any(own):
-            series = curves.loss_series(*own)
+        both = _points(rows, "train", name), _points(rows, "eval", name)
+        charts[name] = curves.loss_series(*both)
+    figures = []
+    for name, series in charts.items():
+        keys = "".join(f'<i class="{one.kind}"></i>{_esc(one.name)}' for one in series)
+        if series or name == "Loss":
             figures.append(_figure(name, keys, curves.svg_chart(name, series)))
     for name, title in (
         ("lr", "Learning rate"),

@@ -47,6 +47,21 @@ def test_a_torn_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
         assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("line", ['{"a": 1}', '{"step": "x"}', "[1]", "3", "null"])
+def test_a_line_of_somebody_else_is_dropped_too(tmp_path: Path, line: str) -> None:
+    write_steps(tmp_path, range(1, 4), None)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    write_steps(tmp_path, range(4, 5), 3)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
 def test_a_cut_of_nothing_leaves_the_file_alone(tmp_path: Path) -> None:
     write_steps(tmp_path, range(1, 4), None)
     path = tmp_path / "metrics.jsonl"

@@ -127,8 +127,22 @@ def test_an_empty_folder_and_damaged_files(tmp_path: Path) -> None:
     page = Page((tmp_path / "report.html").read_text())
     assert "no metrics yet" in page.text and "config.json is not there" in page.text
     (tmp_path / "config.json").write_text("[1")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"\nnonsense\n')
+    for line in ('{"step": 1, "split": "train"', "nonsense", '{"a": 1}', '{"step": 2}'):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        write_report(tmp_path)
+
+
+def test_minus_a_reward_is_on_no_axis_with_a_loss(tmp_path: Path) -> None:
+    with MetricLog(tmp_path, resume_step=None) as log:
+        for step in (0, 2):
+            log.write(step, "eval", loss=-0.25 * step, reward=0.25 * step)
+        log.write(1, "train", loss=0.0125, reward=0.3)
     write_report(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    charts = page.text.split("Curves")[1]
+    assert charts.index("Loss") < charts.index("train") < charts.index("reward")
+    assert "eval" not in charts[: charts.index("reward")] and "eval" in charts
+    assert "eval loss" not in page.text and "reward, was 0" in page.text
 
 
 def test_values_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
