@@ -1,12 +1,12 @@
 """What a run tells people: its plan before it starts, its result at the end."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ftjax import console
 from ftjax.data.words import clip
 from ftjax.metrics import METRICS, read_rows
+from ftjax.objectives.tasks import task_of
 from ftjax.prepare import Prepared, Shape, trainable_rows
 
 PLACES = (METRICS, "loss.png", "report.html", "checkpoints", "adapter")
@@ -61,13 +61,17 @@ def trainable(shape: Shape) -> str:
     return console.table(rows, headers)
 
 
-def evaluation(step: int, found: dict[str, float], shown: Sequence[str]) -> str:
-    """One line for an evaluation: the loss, and what tells most of its task."""
+def evaluation(task: str, found: dict[str, float]) -> str:
+    """One line for an evaluation: the loss and what tells most of its task.
+
+    Where answers earn rewards the loss is minus those, and is not said twice.
+    """
+    what = task_of(task)
+    loss = [] if what.online else [f"loss {found['loss']:.4f}"]
     # What no row says anything about is not there.
-    there = [name for name in shown if name in found]
-    values = [f"{name.rpartition('/')[-1]} {found[name]:.4g}" for name in there]
-    parts = [f"loss {found['loss']:.4f}", *values, f"{found['tokens']:,} tokens"]
-    return f"eval at step {step}: " + ", ".join(parts)
+    there = [name for name in what.shown if name in found]
+    values = [f"{name} {found[name]:.4g}" for name in there]
+    return ", ".join([*loss, *values, f"{found['tokens']:,} tokens"])
 
 
 def result(workdir: Path, task: str, steps: int, chat: bool) -> dict[str, Any]:

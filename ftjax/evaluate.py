@@ -34,6 +34,7 @@ from ftjax.console import say
 from ftjax.data.dataset import Dataset, build_dataset
 from ftjax.data.loader import Loader, row_length
 from ftjax.data.report import DataReport
+from ftjax.describe import evaluation
 from ftjax.errors import UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.scores import score_rows
@@ -98,7 +99,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
     mesh, names = make_mesh(), names_of(args.adapter)
     summed = bool(args.adapter_weights or args.adapter_rank)
     uses = parse_use(args.use, names, summed=summed) if args.use else []
-    _settle(args)
+    _settle(args, question[0])
     policy = open_policy(
         model=_model(args),
         workdir=args.workdir,
@@ -135,11 +136,7 @@ def _told(
         found, report = _judged(args, policy, mesh)
     else:
         found, report = measure(args, policy, mesh, task=task, loss=loss, tell=tell)
-    shown = [
-        f"{name} {found[name]:.4g}" for name in task_of(task).shown if name in found
-    ]
-    parts = [f"loss {found['loss']:.5f}", *shown, f"{found['tokens']:,} tokens"]
-    say(f"\n{policy.label}\n" + ", ".join(parts))
+    say(f"\n{policy.label}\n{evaluation(task, found)}")
     counts = {"rows": report.kept, "truncated": report.truncated}
     about = {"dropped": report.dropped_rows, "model": policy.label, "task": task}
     return {**found, **counts, **about}
@@ -161,7 +158,7 @@ def _model(args: Any) -> str:
     return args.model if named else args.config.model.path
 
 
-def _settle(args: Any) -> None:
+def _settle(args: Any, task: str) -> None:
     """What the flags leave open about rows is as in the config, or in the run."""
     data: Any = {}
     if args.config is not None:
@@ -171,6 +168,9 @@ def _settle(args: Any) -> None:
     for name, usual in ROWS.items():
         if getattr(args, name) is None:
             setattr(args, name, data.get(name, usual))
+    if task_of(task).online:
+        # So long were prompt and answer, and so much does a reward model read.
+        args.max_length = args.max_length or data.get("max_length", 0)
 
 
 def measure(

@@ -65,6 +65,6 @@ class Look:
         if not math.isfinite(found["loss"]):
             warn(f"the evaluation of step {step} is no number, and never the best one")
         self.log.write(step, "eval", **found)
-        shown = task_of(self.task).shown
-        self.progress.note(describe.evaluation(step, found, shown))
+        said = describe.evaluation(self.task, found)
+        self.progress.note(f"eval at step {step}: {said}")
         return found["loss"]

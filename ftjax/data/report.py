@@ -150,14 +150,12 @@ class DataReport:
         return visible("\n".join(lines))
 
     def _tokens(self) -> list[tuple[str, str]]:
-        share = self.trained / max(self.tokens, 1)
         quantiles = "  ".join(f"{k} {v:,}" for k, v in self.quantiles().items())
-        table = [
-            ("tokens", f"{self.tokens:,}"),
-            ("  trained on", f"{self.trained:,} ({share:.1%})"),
-            ("tokens per row", quantiles),
-            ("", histogram(self.lengths)),
-        ]
+        table = [("tokens", f"{self.tokens:,}")]
+        if self.trained:  # of prompts to answer none is
+            share = self.trained / self.tokens
+            table.append(("  trained on", f"{self.trained:,} ({share:.1%})"))
+        table += [("tokens per row", quantiles), ("", histogram(self.lengths))]
         if self.rows is not None:
             count, length, fill = self.rows
             of = f"{count:,} of {length:,}, {fill:.1%} filled, {1 - fill:.1%} padding"

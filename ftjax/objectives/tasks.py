@@ -40,7 +40,7 @@ class Task:
       head: the collection of a scalar head that it trains, if it does.
       ends: rows hold the last token of a sequence too, where a head reads it.
       shares: its losses read answers alone, so that their prompt may stand once.
-      shown: metrics that tell most, for people.
+      shown: metrics that tell most beside the loss, for people.
     """
 
     make: Callable[[Decoder, Any], Objective]
@@ -70,7 +70,7 @@ def _causal(model: Decoder, config: Any) -> Objective:
 
 
 LIKELIHOOD = ("perplexity", "token_accuracy")
-REWARD = ("completions/mean_length",)
+REWARD = ("reward", "completions/mean_length")
 PREFERENCE = ("rewards/accuracies_fair", "rewards/margins")
 
 TASKS: dict[str, Task] = {

@@ -58,7 +58,8 @@ class RewardModel:
                 where=f"{WHERE}, config.rollout.max_new_tokens",
                 expected=f"at most {self.policy.max_positions} tokens with the prompt",
                 got=str(length + len(self.tail)),
-                fix="lower config.rollout.max_new_tokens or config.data.max_length",
+                fix="lower config.rollout.max_new_tokens or config.data.max_length "
+                "(of ftjax.evaluate: --max_length)",
             )
         self.rows = -(-rows // mesh.size) * mesh.size
         self.sharding = batch_sharding(mesh)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import reward
-from ftjax import train
+from ftjax import cli, evaluate, train
 from ftjax.metrics import METRICS, SAMPLES, read_rows
 from ftjax.prepare import prepare
 from ftjax.rl.answers import lay_out
@@ -138,3 +138,11 @@ def test_a_reward_model_judges_what_it_has_learned(
     train.run(config, str(tmp_path / "run"))
     row = history(tmp_path / "run")[-2]
     assert row["rewards/model/mean"] == pytest.approx(row["reward"])
+    # The command takes over the run's judge, its lengths and its way to answer.
+    argv = [f"--workdir={tmp_path / 'run'}", f"--data={prompts}", "--json"]
+    args = cli.parse(argv, evaluate.define, config=True)
+    assert args is not None
+    again = evaluate.main(args)
+    last = [row for row in history(tmp_path / "run") if row["split"] == "eval"][-1]
+    assert again["reward"] == pytest.approx(last["reward"], rel=1e-5)
+    assert again["rows"] == 6 and again["task"] == "grpo"
