@@ -21,6 +21,7 @@ from ftjax.checkpoints.hf import (
     read_config,
 )
 from ftjax.checkpoints.jsonfile import inside
+from ftjax.checkpoints.peft_config import CONFIG as ADAPTER_CONFIG
 from ftjax.data.tokenizer import FILES as TOKENIZER_FILES
 from ftjax.data.tokenizer import Tokenizer, load_tokenizer
 from ftjax.errors import UserError, require_regular
@@ -35,6 +36,7 @@ from ftjax.models.proj import abstract_params, find_sites, params_axes, put
 from ftjax.models.registry import is_reward, spec_from_config
 from ftjax.models.spec import ModelSpec
 from ftjax.quant.qtensor import QTensor
+from ftjax.run_folder import is_run
 from ftjax.sharding import shard_tree
 
 PyTree = Any
@@ -117,6 +119,7 @@ def open_base(
     folder = find_model(path, revision)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         require_regular(inside(folder, name, named_by=str(folder)))
+    _require_model(folder, path)
     config = read_config(folder)
     spec = spec_from_config(config, str(folder / CONFIG), reward=reward, note=note)
     found = None
@@ -130,6 +133,32 @@ def open_base(
     tokenizer = load_tokenizer(folder, chat_template)
     check_vocab(spec, tokenizer.vocab_size, str(folder))
     return Base(folder, path, config, spec, tokenizer, tokenizer.eos_ids, found)
+
+
+def _require_model(folder: Path, name: str) -> None:
+    """Says how to use what is no model but could be one.
+
+    Raises:
+      UserError: for the folder of a run, or of an adapter.
+    """
+    is_model = (folder / CONFIG).is_file()
+    if is_model and is_run(read_config(folder)):
+        raise UserError(
+            "this is the folder of a run, not of a model",
+            where=name,
+            expected="config.json, a tokenizer and weights",
+            fix=f"--workdir={name} where a command has it; else make a model of it: "
+            f"python -m ftjax.export --workdir={name} --to=merged --out=DIR",
+        )
+    if not is_model and (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            "this is an adapter, which goes on a model",
+            where=name,
+            expected="config.json, a tokenizer and weights",
+            fix=f"--model=BASE --adapter={name}; or make a model of both: "
+            f"python -m ftjax.export --model=BASE --adapter={name} --to=merged "
+            "--out=DIR",
+        )
 
 
 def check_vocab(spec: ModelSpec, tokenizer_size: int, where: str) -> None:

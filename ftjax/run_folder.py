@@ -20,7 +20,7 @@ def read_run_config(workdir: str) -> dict[str, Any]:
     """
     folder = Path(workdir).expanduser()
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    if not {"model", "method", "data"} <= config.keys():
+    if not is_run(config):
         is_model = "model_type" in config
         raise UserError(
             "this is not the folder of a run",
@@ -30,6 +30,11 @@ def read_run_config(workdir: str) -> dict[str, Any]:
             fix=f"pass it as --model={workdir}" if is_model else None,
         )
     return config
+
+
+def is_run(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is that of a run; a model has such a file too."""
+    return {"model", "method", "data"} <= config.keys()
 
 
 def run_hash(workdir: str) -> str:

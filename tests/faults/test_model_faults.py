@@ -61,6 +61,17 @@ def test_a_wrong_shape(model: Path, pairs: Path) -> None:
     check(model, pairs).refused("another shape", UP, "(96, 64)", "(64, 96)")
 
 
+def test_a_run_or_an_adapter_in_place_of_a_model(pairs: Path, tmp_path: Path) -> None:
+    run, adapter = tmp_path / "run", tmp_path / "adapter"
+    run.mkdir()
+    (run / "config.json").write_text('{"model": {}, "method": {}, "data": {}}')
+    told = f"export --workdir={run} --to=merged"
+    check(run, pairs).refused("the folder of a run", "--workdir=", told)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    check(adapter, pairs).refused("this is an adapter", f"--adapter={adapter}")
+
+
 @pytest.mark.parametrize("kind", ["cut", "short", "empty", "long"])
 def test_a_weight_file_of_the_wrong_length(kind: str, model: Path, pairs: Path) -> None:
     file = model / FILE
