@@ -210,7 +210,8 @@ def measure(
     elif what.reference is not None:
         frozen = policy.frozen
         if frozen is None:
-            frozen = load_base(policy.base, jnp.float32, mesh)
+            formats = policy.formats
+            frozen = load_base(policy.base, jnp.float32, mesh, formats=formats)
     found = evaluate(
         make_sum_batch(aim.objective),
         policy.variables,

@@ -54,6 +54,7 @@ class Policy:
       frozen: the base alone, where it is whole beside what was trained; else None.
       task: of the run.
       saved: published names of weights of the base that were trained with an adapter.
+      formats: of the weights of the base that the run quantized.
       origin: the update at the start of a run that took it off its base: `variables`
         has what was left.
     """
@@ -70,6 +71,7 @@ class Policy:
     frozen: PyTree | None = None
     task: str = "sft"
     saved: frozenset[str] = frozenset()
+    formats: Plan = field(default_factory=dict)
     origin: Update | None = None
 
 
@@ -160,11 +162,10 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         name: _like(part.shapes, part.axes, mesh) for name, part in method.parts.items()
     }
     trained = saved.restore(step, {"trained": like}, partial=True)["trained"]
-    frozen = origin = None
+    frozen, origin, formats = None, None, run_formats(config, decoder)
     if method.whole:
         variables = jax.tree.map(lambda w: w.astype(dtype), trained)
     else:
-        formats = run_formats(config, decoder)
         loaded, origin = _load_left(method, base, dtype, mesh, formats, note)
         frozen = method.rest(loaded)
         variables = join(frozen, trained)
@@ -182,6 +183,7 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
         frozen=frozen if method.frozen_is_base else None,
         task=task,
         saved=trained_names(method, base.spec),
+        formats=formats,
         origin=origin,
     )
 

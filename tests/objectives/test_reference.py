@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from configs import dpo as dpo_config
+from ftjax import cli, evaluate, train
 from ftjax.errors import Stopped
 from ftjax.objectives.dpo import REFERENCE, pair_logps
 from ftjax.prepare import Prepared, load_variables, prepare
@@ -22,6 +23,13 @@ ROWS = [
     {"prompt": f"Say {i}:", "chosen": " one two"[: 3 + i], "rejected": " no" * (i + 1)}
     for i in range(6)
 ]
+
+FROZEN_CODES = {
+    "method__layers": 0,
+    "method__pattern": "q_proj",
+    "quant__format": "int8",
+    "quant__targets": "up_proj",
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +96,40 @@ def test_all_references_are_one(tiny_llama: Path, data: Path, tmp_path: Path) ->
         found, _ = started(tiny_llama, data, workdir, method, **changes)
         np.testing.assert_allclose(numbers(found), expected, rtol=1e-5, err_msg=name)
         assert len(list((workdir / "reference").glob("train-*.npy"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("full", {}),
+        ("lora", {"method__also_train": "norm"}),
+        ("qlora", {"method__init": "pissa", "method__also_train": "norm"}),
+        ("qlora", {"method__init": "loftq", "method__loftq_iters": 2}),
+        ("freeze", FROZEN_CODES),
+    ],
+    ids=lambda value: (
+        value if isinstance(value, str) else "-".join(map(str, value.values()))
+    ),
+)
+def test_the_command_compares_with_what_the_run_compared_with(
+    method: str, changes: dict[str, Any], tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
+    config = dpo_config.get_config(f"model={tiny_llama},method={method}")
+    config.data.update({"train": str(data), "eval": str(data), "max_length": 64})
+    config.train.update({"steps": 3, "batch_size": 4, "eval_every": 3})
+    config.optim.update({"lr": 1e-2, "warmup": 0})
+    config.log.tensorboard = False
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        config[section][key] = value
+    told = train.run(config, str(tmp_path / "run"))["eval"]
+    argv = [f"--workdir={tmp_path / 'run'}", f"--data={data}", "--weights=last"]
+    args = cli.parse(argv, evaluate.define, config=True)
+    assert args is not None
+    found = evaluate.main(args)
+    assert abs(told["rewards/margins"]) > 1e-3
+    for name in ("loss", "rewards/margins", "logps/rejected"):
+        assert found[name] == pytest.approx(told[name], rel=2e-5), name
 
 
 def test_a_damaged_file_is_made_again(
