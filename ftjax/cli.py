@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 
 from ftjax.errors import UserError, run_entry
+from ftjax.names import NAMES
 
 Args = flags.FlagValues
 Define = Callable[[Args], None]
@@ -276,28 +277,15 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", kind
 
 
-# What other trainers call it.
-OTHER_NAMES = {
-    "learning_rate": "lr",
-    "max_seq_length": "max_length",
-    "max_steps": "steps",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulate",
-    "warmup_steps": "warmup",
-    "max_grad_norm": "clip_norm",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "r": "rank",
-    "target_modules": "targets",
-}
+def _meant(name: str, keys: Iterable[str]) -> list[str]:
+    """The keys that are called so elsewhere, or are so called without their section."""
+    there = NAMES[name].key if name in NAMES else name
+    return [key for key in keys if there in (key, key.rpartition(".")[2])]
 
 
 def _unknown_key(key: str, keys: dict[str, Any], config: Any) -> UserError:
     section, _, name = key.rpartition(".")
-    meant = OTHER_NAMES.get(name, name)
-    near = [k for k in keys if k.rpartition(".")[2] == meant]
-    near += [k for k in difflib.get_close_matches(key, keys, 3, 0.6) if k not in near]
+    near = _meant(name, keys) or difflib.get_close_matches(key, keys, 3, 0.6)
     siblings = [k for k in keys if k.rpartition(".")[0] == section]
     got, fix = None, f"did you mean {' or '.join(near[:3])}?" if near else None
     if siblings == [f"{section}.name"]:
@@ -318,6 +306,15 @@ def _unknown_key(key: str, keys: dict[str, Any], config: Any) -> UserError:
 
 def _unknown_flag(name: str, args: Args) -> UserError:
     known = [flag for flag in args if not flag.startswith("config.")]
+    made = args["config"].default if "config" in args else None
+    meant = _meant(name, dict(_leaves(made))) if made is not None else []
+    if meant:
+        return UserError(
+            f"there is no flag --{name}",
+            where="command line",
+            expected="a flag of the command, or a key of its configuration",
+            fix="did you mean " + " or ".join(f"--config.{k}" for k in meant) + "?",
+        )
     near = difflib.get_close_matches(name, known, 2, 0.5)
     return UserError(
         f"there is no flag --{name}",

@@ -26,6 +26,7 @@ FLOORS = {
     "ftjax.optim": 0,
     "ftjax.optimizers": 0,
     "ftjax.meanings": 0,
+    "ftjax.names": 0,
     "ftjax.metrics": 0,
     "ftjax.config": 0,
     "ftjax.console": 0,
