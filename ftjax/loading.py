@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ftjax.checkpoints.heads import NAME, read_head
+from ftjax.checkpoints.heads import NAME, read_head, without_logits
 from ftjax.checkpoints.hf import (
     Weights,
     find_model,
@@ -80,7 +80,7 @@ class Base:
         """
         if self.weights is None:
             return ""
-        tensors = dict(self.weights.tensors)
+        tensors = self.weights.tensors | self.weights.unread
         if self.weights.head is not None:
             tensors[NAME] = self.weights.head
 
@@ -101,6 +101,7 @@ def open_base(
     *,
     weights: bool = True,
     reward: bool = False,
+    logits: bool = True,
     note: Note = say,
 ) -> Base:
     """Finds a model and checks its configuration, tensors, tokenizer and vocabulary.
@@ -111,6 +112,8 @@ def open_base(
       chat_template: a Jinja file instead of the tokenizer's own.
       weights: whether there must be weights; a run from scratch needs none.
       reward: whether a reward model will do: it has a score, and no logits.
+      logits: whether they are asked for; if not, an output head that is no embedding
+        stays unread, though the base is the same one (`Base.hash`).
       note: told, once each, what is worth knowing about the files.
 
     Raises:
@@ -129,7 +132,10 @@ def open_base(
         found = open_weights(
             folder, spec, quantization=stored, reward=scorer, note=note
         )
+        found = found if logits else found.without_logits()
         spec = found.spec
+    elif not logits:
+        spec = without_logits(spec)
     tokenizer = load_tokenizer(folder, chat_template)
     check_vocab(spec, tokenizer.vocab_size, str(folder))
     return Base(folder, path, config, spec, tokenizer, tokenizer.eos_ids, found)

@@ -29,7 +29,7 @@ from ftjax.models.config_reader import say
 from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites
 from ftjax.objectives.ppo import VALUE
-from ftjax.objectives.tasks import plan_task
+from ftjax.objectives.tasks import plan_task, task_of
 from ftjax.run_folder import choose_step, read_run_config
 from ftjax.sharding import make_mesh, shard_tree
 from ftjax.weights import join
@@ -143,6 +143,7 @@ def base_of_run(config: dict[str, Any], note: Note = say) -> Base:
         model.get("revision", "main"),
         config["data"].get("chat_template", ""),
         weights=not scratch,
+        logits=task_of(config.get("task", "sft")).logits,
         note=note,
     )
 

@@ -85,6 +85,7 @@ def prepare(config: Any) -> Prepared:
         config.model.revision,
         config.data.chat_template,
         weights=not config.model.from_scratch,
+        logits=task_of(config.task).logits,
     )
     # A mapped step has no mesh inside: each device sees its own rows.
     shape = prepare_shape(config, base, None if config.parallel == "pmap" else mesh)

@@ -49,7 +49,7 @@ def make_run(
     config.method.update(values)
     settings = json.loads(json.dumps(config.to_dict()))
     (folder / "config.json").write_text(json.dumps(settings))
-    base = open_base(str(model))
+    base = open_base(str(model), logits=task != "reward")
     saved = Checkpoints(folder / "checkpoints", keep_last=9, report=print)
     for step, loss in steps:
         trained = _trained(base, settings["method"], 0 if zero else step)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -15,6 +16,9 @@ from configs import reward, sft
 from ftjax import cli, evaluate, export, generate, train
 from ftjax.checkpoints.peft import HASH_KEY, read_metadata
 from ftjax.errors import UserError
+from ftjax.loading import open_base
+from ftjax.models.names import count_params
+from ftjax.prepare import load_variables, prepare
 from tests.runs import make_run
 from tests.tiny import make_tiny_checkpoint
 
@@ -146,6 +150,25 @@ def test_it_scores_and_does_nothing_else(tmp_path: Path, run: Commands) -> None:
     config.data.train = str(run.rows)
     with pytest.raises(UserError, match="not a causal language model"):
         train.run(config, str(tmp_path / "no"))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_head_of_logits_is_not_even_read(
+    method: str, tmp_path: Path, run: Commands
+) -> None:
+    """Of an untied model; it stays the same base to its adapter."""
+    model = make_tiny_checkpoint(tmp_path / "model")
+    config = reward.get_config(f"model={model},method={method}")
+    config.data.update({"train": str(run.rows), "eval": "", "max_length": 32})
+    config.optim.warmup = 0
+    ready = prepare(config)
+    trained, frozen, _ = load_variables(config, ready.base, ready.shape, ready.mesh)
+    whole = open_base(str(model))
+    assert "lm_head" not in {**trained, **frozen}.get("params", {})
+    assert not whole.spec.tied and ready.base.hash == whole.hash
+    both = jax.tree.leaves(ready.shape.params)
+    head = whole.spec.d_model * whole.spec.vocab_size
+    assert sum(x.size for x in both) == count_params(whole.spec) - head
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "prompt"])

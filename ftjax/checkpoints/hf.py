@@ -82,6 +82,7 @@ class Weights:
       packed: the weights that are stored quantized, by name.
       formats: theirs, by the path of the projection.
       head: of a reward model; the spec is then that of a model without logits.
+      unread: tensors that are there, and that nothing asks for.
     """
 
     folder: Path
@@ -91,6 +92,23 @@ class Weights:
     packed: dict[str, Packed] = field(default_factory=dict)
     formats: dict[LeafPath, Format] = field(default_factory=dict)
     head: Tensor | None = None
+    unread: dict[str, Tensor] = field(default_factory=dict)
+
+    def without_logits(self) -> "Weights":
+        """The same without an output head of its own, which is left unread."""
+        if self.spec.tied:
+            return self
+        unread = {n: t for n, t in self.tensors.items() if HEAD in (n, weight_of(n))}
+        spec = without_logits(self.spec)
+        paths = model_weights(spec)
+        return replace(
+            self,
+            spec=spec,
+            tensors={n: t for n, t in self.tensors.items() if n not in unread},
+            packed={n: packed for n, packed in self.packed.items() if n != HEAD},
+            formats={p: f for p, f in self.formats.items() if (*p, "w") in paths},
+            unread=unread,
+        )
 
 
 def open_weights(

@@ -53,6 +53,11 @@ class Task:
     shown: tuple[str, ...] = ()
 
     @property
+    def logits(self) -> bool:
+        """It reads the model's logits, as all do but a reward model."""
+        return self.head != HEAD
+
+    @property
     def online(self) -> bool:
         """It learns from its own answers; see `rl.rollouts`."""
         return self.reads == "prompts"
