@@ -143,7 +143,7 @@ def data_config() -> ConfigDict:
     data.completion_only = True  # False: train on the prompt too
     data.empty_completion = "drop"  # drop, error
     data.on_bad_row = "error"  # error, skip
-    data.chat_template = ""  # a jinja file instead of the tokenizer's own
+    data.chat_template = ""  # a jinja file instead of the tokenizer's own; or: plain
     data.shuffle = True
     # A stream is a .jsonl file that may still grow, a named pipe or - (standard input),
     # read once, in its own order, until train.steps or its end.

@@ -17,6 +17,7 @@ from ftjax.data.words import (
 )
 from ftjax.errors import UserError
 
+PLAIN = "plain"  # the name of the template that ships
 LARGEST = 2**31 - 1  # of an id
 PATH_KEYS = ("tokenizer_file", "vocab_file", "merges_file", "chat_template_file")
 FILES = (
@@ -127,8 +128,8 @@ class Tokenizer:
                 "rows are conversations, but the tokenizer has no chat template",
                 where=where,
                 expected=f"chat_template.jinja or `chat_template` in {self.path}",
-                fix="name a Jinja file with data.chat_template, use a model whose "
-                "tokenizer has one,\nor write the rows as strings: `prompt` and "
+                fix="data.chat_template=plain (it ships with ftjax) or a Jinja file, "
+                "a model whose\ntokenizer has one, or rows of strings: `prompt` and "
                 "`completion`, or `text`",
             )
         return self.template
@@ -188,7 +189,8 @@ def load_tokenizer(path: str | Path, chat_template: str = "") -> Tokenizer:
 
     Args:
       path: a directory in the Hugging Face layout, usually the model's.
-      chat_template: a Jinja file to use instead of the directory's own template.
+      chat_template: a Jinja file to use instead of the directory's own template, or
+        'plain': the one that ships.
 
     Raises:
       UserError: nothing there, damaged, or it wants to run code of its own.
@@ -279,6 +281,8 @@ def _from_transformers(folder: Path) -> Any:
 
 
 def _template_source(hf: Any, folder: Path, chosen: str) -> tuple[str, str]:
+    if chosen == PLAIN:
+        return _plain_source(hf), f"the template '{PLAIN}'"
     if chosen:
         try:
             return Path(chosen).read_text(encoding="utf-8"), chosen
@@ -313,6 +317,13 @@ def _template_source(hf: Any, folder: Path, chosen: str) -> tuple[str, str]:
             fix="name a file with data.chat_template",
         )
     return source, where
+
+
+def _plain_source(hf: Any) -> str:
+    """The template that ships; it begins as the tokenizer begins its texts."""
+    body = Path(__file__).with_name("plain.jinja").read_text(encoding="utf-8")
+    begins = hf.bos_token_id is not None and hf("a").input_ids[0] == hf.bos_token_id
+    return ("{{- bos_token -}}\n" if begins else "") + body
 
 
 def _encodes(text: str) -> bool:
