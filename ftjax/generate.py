@@ -108,8 +108,10 @@ def main(args: flags.FlagValues) -> dict[str, Any] | None:
         for row in zip(prompts, ids, made, strict=True)
     ]
     for i, result in enumerate(results):
+        if uses:
+            result["adapter"] = names[uses[i]]
+            _note(f"with {names[uses[i]]}:")
         say(printable(result["text"] if chat else result["prompt"] + result["text"]))
-        result |= {"adapter": names[uses[i]]} if uses else {}
     return results[0] if len(results) == 1 else {**results[0], "results": results}
 
 
