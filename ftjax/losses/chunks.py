@@ -61,13 +61,17 @@ def head_logits(hidden_BCD: Array, matrix_DV: Array) -> Array:
     )
 
 
-def ranked_first(logits_BCV: Array, top_BC1: Array, at_BC1: Array) -> Array:
-    """1 where the target's logit `at` is the highest, else 0; [B, C] float32.
+def ranked_first(below_BC1: Array, exps_BCV: Array) -> Array:
+    """1 where the target's logit is the highest, else 0; [B, C] float32.
 
     A tie is shared: 1/n among n, so that a model of equal logits is right by chance.
+
+    Args:
+      below_BC1: the target's logit, less the highest.
+      exps_BCV: exp of every logit less the highest: 1 at the highest.
     """
-    ties = jnp.sum(logits_BCV == top_BC1, axis=-1, dtype=jnp.float32)
-    is_top = (at_BC1 == top_BC1)[..., 0].astype(jnp.float32)
+    ties = jnp.sum(exps_BCV == 1, axis=-1, dtype=jnp.float32)
+    is_top = (jnp.exp(below_BC1) == 1)[..., 0].astype(jnp.float32)
     return is_top / jnp.maximum(ties, 1.0)
 
 

@@ -171,7 +171,7 @@ def _chunk(
         loss = label_smoothed(logp, mean_logp, label_smoothing=eps)
     found = NLL(
         jnp.sum(weights * loss),
-        jnp.sum(weights * ranked_first(logits, top, at)),
+        jnp.sum(weights * ranked_first(at - top, exps)),
         jnp.where(weights != 0, logp, 0),
     )
     if not with_error:

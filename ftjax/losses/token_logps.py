@@ -150,7 +150,7 @@ def _chunk(rows: _Rows, matrix: Array, temperature: Array) -> tuple[Array, ...]:
     return (
         (at - top)[..., 0] - jnp.log(norm),
         jnp.log(norm) - below,
-        ranked_first(logits, top, at),
+        ranked_first(at - top, exps),
         jnp.mean(logits, axis=-1),
         jnp.mean(logits - top, axis=-1) - jnp.log(norm),
         lse,
