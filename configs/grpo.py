@@ -5,9 +5,10 @@
         --workdir=runs/grpo
 
 Rows have a `prompt`, text or messages; other columns go to the reward, which is
-`f(prompts, completions, **columns)` and gives a number per completion. Without a model
-and data it teaches the shipped base to answer in so many words. The loss says
-nothing: watch `reward`. The eval loss is minus the mean reward.
+`f(prompts, completions, **columns)` and gives a number per completion; or a reward
+model, `--config.reward.model=RUN`, alone or beside functions. Without a model and data
+it teaches the shipped base to answer in so many words. The loss says nothing: watch
+`reward`.
 """
 
 from ml_collections import ConfigDict

@@ -27,8 +27,10 @@ def online_config(arg: ConfigDict) -> ConfigDict:
     c.rollout.eval_temperature = 0.0  # of evaluation; 0: the likeliest answer
 
     c.reward = ConfigDict()
-    c.reward.function = "length"  # exact_match, format, words, module:function; several
-    c.reward.model = ""  # a run of configs/reward.py, beside the functions or alone
+    # exact_match, format, length, words, module:function, or several, with commas
+    # between; auto: length, where no model judges.
+    c.reward.function = "auto"
+    c.reward.model = ""  # a run of configs/reward.py, or a model of one label
     c.reward.weights = ""  # of the functions, then of the model; empty: 1 each
     c.reward.words_wanted = 12  # of length
     c.reward.pattern = ""  # of format: a regex that the whole answer must match

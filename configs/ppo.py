@@ -1,12 +1,10 @@
 """Proximal policy optimization: answers are sampled and judged, a head values states.
 
     python -m ftjax.train --config=configs/ppo.py:model=PATH,method=lora \\
-        --config.data.train=FILE --config.reward.model=RUN --config.reward.function= \\
-        --workdir=runs/ppo
+        --config.data.train=FILE --config.reward.model=RUN --workdir=runs/ppo
 
-Rows and rewards are those of `configs/grpo.py`; the reward may be a run of
-`configs/reward.py`. Each token also pays for how far it is from the reference. Watch
-`reward` and `objective/kl`. The eval loss is minus the mean reward.
+Rows and rewards are those of `configs/grpo.py`. Each token also pays for how far it is
+from the reference. Watch `reward` and `objective/kl`.
 """
 
 from ml_collections import ConfigDict

@@ -8,6 +8,7 @@ from ftjax.data.words import clip
 from ftjax.metrics import METRICS, read_rows
 from ftjax.objectives.tasks import task_of
 from ftjax.prepare import Prepared, Shape, trainable_rows
+from ftjax.rl.rewards import told
 
 PLACES = (METRICS, "loss.png", "report.html", "checkpoints", "adapter")
 
@@ -31,6 +32,8 @@ def plan(config: Any, ready: Prepared) -> str:
         f"{steps:,} steps of {c.batch_size} rows x {data.length} tokens{cut}, "
         f"{length_of(config, ready)}"
     )
+    if task_of(config.task).online:
+        parts.append(told(config.reward))
     return "\n\n".join(parts)
 
 

@@ -13,9 +13,9 @@ from ftjax.methods.several import Update
 from ftjax.optim import make_optimizer
 from ftjax.prepare import Prepared, load_variables
 from ftjax.reference import add_reference, with_teacher
+from ftjax.rl.reward_model import judge_hash
 from ftjax.rl.rollouts import Rollouts
 from ftjax.rl.setup import open_rollouts
-from ftjax.run_folder import run_hash
 from ftjax.signals import StopRequest
 from ftjax.step import TrainState, init_state
 from ftjax.streaming import Supply
@@ -146,7 +146,7 @@ def identity_of(config: Any, ready: Prepared) -> dict[str, Any]:
     for name, other in (("teacher", aim.teacher), ("reference", aim.reference)):
         found |= {f"{name}_hash": other.hash} if other is not None else {}
     if judge := settings.get("reward", {}).get("model"):
-        found["reward_model"] = run_hash(judge)
+        found["reward_model"] = judge_hash(judge)
     return found
 
 

@@ -37,6 +37,12 @@ def is_run(config: dict[str, Any]) -> bool:
     return {"model", "method", "data"} <= config.keys()
 
 
+def is_run_folder(path: str) -> bool:
+    """Whether a folder is that of a run; one that is not there is none."""
+    file = Path(path).expanduser() / CONFIG
+    return file.is_file() and is_run(read_json(file))
+
+
 def run_hash(workdir: str) -> str:
     """The hash of the checkpoint of a run that is used: 16 hex digits.
 

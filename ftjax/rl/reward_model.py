@@ -1,4 +1,4 @@
-"""A trained reward model as a judge: a run of `configs/reward.py`.
+"""A trained reward model as a judge: a run of `configs/reward.py`, or a model folder.
 
 It reads the very tokens that the policy read and wrote, so both must have the same
 tokenizer. Behind the end of an assistant's turn comes what the chat template writes
@@ -17,13 +17,13 @@ from ftjax.data.loader import MULTIPLE
 from ftjax.data.schema import Conversation
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.errors import UserError
-from ftjax.loading import Base, require_same_tokens
+from ftjax.loading import Base, open_base, require_same_tokens
 from ftjax.objectives.reward import HEAD, scores
 from ftjax.objectives.tasks import task_of
 from ftjax.policy import base_of_run, open_policy
 from ftjax.rl.answers import lay_out
 from ftjax.rl.rewards import Columns
-from ftjax.run_folder import read_run_config
+from ftjax.run_folder import is_run_folder, read_run_config, run_hash
 from ftjax.sharding import batch_sharding, put_batch
 
 WHERE = "config.reward.model"
@@ -33,7 +33,7 @@ class RewardModel:
     """Scores of answers, on the device.
 
     Args:
-      run: the folder of the run.
+      source: the folder of a run, or of a model with one label (or its Hub name).
       base: of the policy.
       length: tokens that a prompt and its answer may have.
       rows: that are scored at a time.
@@ -41,15 +41,21 @@ class RewardModel:
       mesh: where they live.
 
     Raises:
-      UserError: no run of a reward model, one with other tokens, or one whose context
-        is too short.
+      UserError: no reward model, one with other tokens, or one whose context is too
+        short.
     """
 
     def __init__(
-        self, run: str, base: Base, *, length: int, rows: int, dtype: Any, mesh: Mesh
+        self, source: str, base: Base, *, length: int, rows: int, dtype: Any, mesh: Mesh
     ):
-        _check_run(run, base)
-        self.policy = open_policy(workdir=run, dtype=dtype, mesh=mesh)
+        require_same_tokens(base, _open(source), "reward model", WHERE)
+        is_run = is_run_folder(source)
+        self.policy = open_policy(
+            workdir=source if is_run else "",
+            model="" if is_run else source,
+            dtype=dtype,
+            mesh=mesh,
+        )
         self.tail = turn_end(self.policy.base.tokenizer)
         self.length = -(-(length + len(self.tail)) // MULTIPLE) * MULTIPLE
         if length + len(self.tail) > self.policy.max_positions:
@@ -108,16 +114,37 @@ def turn_end(tokenizer: Tokenizer) -> list[int]:
     return made.ids[int(np.flatnonzero(made.trained)[-1]) + 1 :].tolist()
 
 
-def _check_run(run: str, base: Base) -> None:
-    """Before its weights are read."""
-    config = read_run_config(run)
-    task = config.get("task", "sft")
-    if task_of(task).head != HEAD:
-        raise UserError(
-            "this run has no head that gives rewards",
-            where=f"{WHERE}={run}",
-            expected="a run of configs/reward.py",
-            got=f"a run of {task}",
-        )
-    other = base_of_run(config, lambda _: None)
-    require_same_tokens(base, other, "reward model", WHERE)
+def judge_hash(source: str) -> str:
+    """What tells one reward model from another, by the numbers that it judges with."""
+    return run_hash(source) if is_run_folder(source) else _open(source).hash
+
+
+def _open(source: str) -> Base:
+    """The model of a judge, checked before its weights are read.
+
+    Raises:
+      UserError: it gives no rewards.
+    """
+    if is_run_folder(source):
+        config = read_run_config(source)
+        task = config.get("task", "sft")
+        if task_of(task).head == HEAD:
+            return base_of_run(config, _silent)
+        got = f"a run of {task}"
+    else:
+        base = open_base(source, reward=True, note=_silent)
+        if base.weights is not None and base.weights.head is not None:
+            return base
+        got = "a language model"
+    raise UserError(
+        "this has no head that gives rewards",
+        where=f"{WHERE}={source}",
+        expected="a run of configs/reward.py, or a model with one label "
+        "(...ForSequenceClassification)",
+        got=got,
+    )
+
+
+def _silent(text: str) -> None:
+    """It is said once, where the weights are read."""
+    del text

@@ -17,6 +17,7 @@ Ids = Sequence[int]
 Scores = Callable[
     [Sequence[Columns], Sequence[Ids], Sequence[Ids], Sequence[bool]], np.ndarray
 ]
+AUTO = "auto"  # the name of whatever reward is usual
 MODEL = "model"  # the name of the reward model's reward
 LARGEST = 1e15  # of a reward: beyond, its variance in float32 is none
 
@@ -123,7 +124,20 @@ def find_rewards(config: Any) -> dict[str, Reward]:
     return {name: find_reward(name, config) for name in _names(config)}
 
 
+def told(config: Any) -> str:
+    """What a completion earns, for people."""
+    names = [*_names(config), *([MODEL] if config.model else [])]
+    shown = {MODEL: f"the reward model {clip(config.model, 100)}"}
+    weights = zip(_weights(config, names), names, strict=True)
+    parts = [f"{weight:g} x {shown.get(name, name)}" for weight, name in weights]
+    if config.unfinished:
+        parts.append(f"{config.unfinished:g} where it was cut")
+    return "reward: " + " + ".join(parts)
+
+
 def _names(config: Any) -> list[str]:
+    if config.function.strip() == AUTO:
+        return [] if config.model else ["length"]
     return [name.strip() for name in config.function.split(",") if name.strip()]
 
 

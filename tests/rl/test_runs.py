@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from configs import reward
-from ftjax import cli, evaluate, train
+from ftjax import cli, evaluate, export, train
 from ftjax.metrics import METRICS, SAMPLES, read_rows
 from ftjax.prepare import prepare
 from ftjax.rl.answers import lay_out
 from ftjax.rl.reward_model import RewardModel, turn_end
+from ftjax.rl.rewards import told
 from tests.faults.commands import write_rows
 from tests.rl.small import config_of, write_prompts
 
@@ -108,16 +109,12 @@ def test_a_reward_model_judges_what_it_has_learned(
     train.run(judged, str(tmp_path / "judge"))
 
     config = config_of("grpo", tiny_llama, prompts)
-    config.reward.model, config.reward.function = str(tmp_path / "judge"), ""
+    # Whatever reward is usual: where a model judges, no other.
+    config.reward.model, config.reward.function = str(tmp_path / "judge"), "auto"
+    assert told(config.reward) == f"reward: 1 x the reward model {tmp_path / 'judge'}"
     ready = prepare(config)
-    model = RewardModel(
-        config.reward.model,
-        ready.base,
-        length=64,
-        rows=3,
-        dtype=ready.shape.dtype,
-        mesh=ready.mesh,
-    )
+    how = {"length": 64, "rows": 3, "dtype": ready.shape.dtype, "mesh": ready.mesh}
+    model = RewardModel(config.reward.model, ready.base, **how)
     tokenizer, columns, asked, answers = ready.base.tokenizer, [], [], []
     for i in range(5):
         prompt = says("user", f"Say {20 + i}.")
@@ -127,6 +124,13 @@ def test_a_reward_model_judges_what_it_has_learned(
         answers.append(tokenizer.encode([text], add_special=False)[0])
     found = model(columns, asked, answers, [True] * 5)
     assert found[1::2].min() > found[::2].max()
+    # And so does the model that it is written as.
+    wide = ["--to=merged", f"--out={tmp_path / 'whole'}", "--dtype=float32"]
+    argv = [f"--workdir={config.reward.model}", *wide]
+    assert cli.run(export.main, argv, export.define) == 0
+    merged = RewardModel(str(tmp_path / "whole"), ready.base, **how)
+    again = merged(columns, asked, answers, [True] * 5)
+    np.testing.assert_allclose(again, found, atol=1e-5)
     # As in training: behind the end of the turn comes what the template writes there.
     assert tokenizer.decode(turn_end(tokenizer)) == "\n"
     whole = tokenizer.render(
@@ -142,7 +146,7 @@ def test_a_reward_model_judges_what_it_has_learned(
     argv = [f"--workdir={tmp_path / 'run'}", f"--data={prompts}", "--json"]
     args = cli.parse(argv, evaluate.define, config=True)
     assert args is not None
-    again = evaluate.main(args)
+    said = evaluate.main(args)
     last = [row for row in history(tmp_path / "run") if row["split"] == "eval"][-1]
-    assert again["reward"] == pytest.approx(last["reward"], rel=1e-5)
-    assert again["rows"] == 6 and again["task"] == "grpo"
+    assert said["reward"] == pytest.approx(last["reward"], rel=1e-5)
+    assert said["rows"] == 6 and said["task"] == "grpo"
