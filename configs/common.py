@@ -163,7 +163,7 @@ def optim_config() -> ConfigDict:
     optim.lr = 1e-4  # lion wants a tenth of it
     optim.b_lr_ratio = 1.0  # LoRA+: the rate of LoRA's b over that of a
     optim.schedule = "cosine"  # constant, linear, cosine, wsd
-    optim.warmup = 10  # steps
+    optim.warmup = -1  # steps; -1: 10, or half of a run that is shorter than 20
     optim.decay = 0.2  # of wsd alone: the share of the steps, at the end, that fall
     optim.final = 0.1  # of lr, at the last step; not of constant
     optim.b1 = -1.0  # -1: as usual, for these three; not of adafactor

@@ -15,12 +15,14 @@ from ftjax.optimizers.muon import Matrices, scale_by_muon_or_adam
 from ftjax.optimizers.schedule_free import schedule_free
 from ftjax.optimizers.settings import resolve
 
+USUAL_WARMUP = 10
+
 
 def make_schedule(config: Any, steps: int) -> optax.Schedule:
     """Linear warm-up from 0 over `warmup` steps, then constant, or down to
     `final * lr` at the last of `steps`: all the way (linear, cosine), or over the last
     `decay` share of the steps (wsd, arXiv 2404.06395; linear as in 2405.18392)."""
-    lr, warmup = config.lr, config.warmup
+    lr, warmup = config.lr, warmup_steps(config, steps)
     rest = max(1, steps - warmup)
     after = {
         "constant": lambda: optax.constant_schedule(lr),
@@ -33,6 +35,11 @@ def make_schedule(config: Any, steps: int) -> optax.Schedule:
     # Step 0 already learns: the ramp is (step + 1) / (warmup + 1).
     ramp = optax.linear_schedule(lr / (warmup + 1), lr, warmup)
     return optax.join_schedules([ramp, after], [warmup])
+
+
+def warmup_steps(config: Any, steps: int) -> int:
+    """Of the warm-up; as usual (-1) it is 10, or half of a run that is short."""
+    return min(USUAL_WARMUP, steps // 2) if config.warmup < 0 else config.warmup
 
 
 def _stay_then_fall(config: Any, steps: int, rest: int) -> optax.Schedule:

@@ -117,7 +117,7 @@ RULES: dict[str, Range] = {
     "optim.lr": POSITIVE,
     "optim.b_lr_ratio": POSITIVE,
     "optim.schedule": one_of("constant", "linear", "cosine", "wsd"),
-    "optim.warmup": AT_LEAST_0,
+    "optim.warmup": Range("-1 (as usual), 0 or more", lambda x: x >= -1),
     "optim.final": BETWEEN,
     "optim.decay": Range("above 0, at most 1", lambda x: 0 < x <= 1),
     "optim.b1": SETTING,

@@ -26,6 +26,15 @@ def test_every_schedule_starts_at_the_rate(name: str) -> None:
     assert float(rate(10)) == pytest.approx(0.5 if name == "constant" else 0.05)
 
 
+@pytest.mark.parametrize(
+    ("steps", "usual"), [(1, 0), (3, 1), (19, 9), (20, 10), (5000, 10)]
+)
+def test_the_usual_warm_up_is_short_where_the_run_is(steps: int, usual: int) -> None:
+    rates = [make_schedule(optim_config(warmup=n), steps) for n in (-1, usual)]
+    for step in range(min(steps, 30)):
+        assert float(rates[0](step)) == float(rates[1](step))
+
+
 def test_wsd_stays_and_then_falls_over_its_share() -> None:
     config = optim_config(lr=1.0, warmup=2, schedule="wsd", decay=0.4, final=0.2)
     rate = make_schedule(config, 10)
