@@ -339,11 +339,17 @@ def data_settings(config: Any, max_positions: int) -> Any:
     """
     check_positions(config, max_positions)
     data = config.data.copy_and_resolve_references()
-    if data.eval == "auto":
-        own = data.train.startswith("pydoc:")
-        data.eval = data.train.replace("[train]", "[eval]") if own else ""
+    data.eval = eval_source(data)
     data.max_length = data.max_length or min(USUAL_LENGTH, max_positions)
     return data
+
+
+def eval_source(data: Any) -> str:
+    """What `data.eval` names, of the section `data`; empty where it names nothing."""
+    if data["eval"] != "auto":
+        return data["eval"]
+    own = data["train"].startswith("pydoc:")
+    return data["train"].replace("[train]", "[eval]") if own else ""
 
 
 def check_positions(config: Any, max_positions: int) -> None:

@@ -7,38 +7,36 @@
     python -m ftjax.evaluate --model=DIR --adapter=none,A,B --use=0,2 --data=FILE
 
 In float32, over the whole file. Without a task it is the loss per trained token: of
-plain text every token after the first, of prompts and conversations the answers
-(--nocompletion_only: everything). A run is measured by its own task, and its texts are
-cut as it cut them (--separator, --overlong=split, --join); one that learned from
-rewards answers the prompts, and is measured by those. `bits_per_byte` counts bytes of
-the UTF-8 text that is predicted. --to=scores writes what a reward model thinks of each
-row. Several adapters are added up; with --use each is measured alone, over one base.
+plain text every token after the first, in windows, of prompts and conversations the
+answers (--nocompletion_only: everything). A run is measured by its own task, on its own
+held-out rows where no data is named, and rows are cut as it cut them (--max_length,
+--overlong, --separator, --join); one that learned from rewards answers the prompts, and
+is measured by those. `bits_per_byte` counts bytes of the UTF-8 text that is predicted.
+--to=scores writes what a reward model thinks of each row. Several adapters are added
+up; with --use each is measured alone, over one base.
 """
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
 from ftjax import cli
 from ftjax.adapters import NONE, names_of
+from ftjax.asked import Asked, is_text, length_of, load_dataset, load_rows, settle
 from ftjax.config import prompt_room
-from ftjax.console import say
-from ftjax.data.dataset import Dataset, build_dataset
-from ftjax.data.loader import Loader, row_length
+from ftjax.console import say, warn
 from ftjax.data.report import DataReport
 from ftjax.describe import evaluation
 from ftjax.errors import UserError
 from ftjax.evals.measure import evaluate, make_sum_batch
 from ftjax.evals.scores import score_rows
-from ftjax.loading import Base, load_base
+from ftjax.loading import load_base
 from ftjax.methods.heads import SCORE
 from ftjax.objectives.distill import TEACHER
 from ftjax.objectives.tasks import task_of
@@ -52,8 +50,6 @@ from ftjax.sharding import batch_sharding, make_mesh
 from ftjax.switch import chosen_alone, parse_use
 
 CHUNK = 64  # positions per row that the head handles at a time
-LONGEST = 2048  # tokens per row where neither the model nor the user sets less
-ROWS = {"overlong": "truncate", "separator": "", "join": False}
 PLAIN = SimpleNamespace(chunk=CHUNK)  # the settings of a loss that has no others
 
 
@@ -65,9 +61,15 @@ def define(args: flags.FlagValues) -> None:
     )
     text("data", "", "a file, pydoc:..., a name", flag_values=args)
     text("split", "test", "of a `datasets` name", flag_values=args)
-    integer("max_length", 0, "tokens per row; 0: all", lower_bound=0, flag_values=args)
+    integer(
+        "max_length",
+        None,
+        "tokens per row; 0: 1024, or the model's positions if fewer",
+        lower_bound=0,
+        flag_values=args,
+    )
     integer("batch_size", 8, "rows at a time", lower_bound=1, flag_values=args)
-    flags.DEFINE_bool("completion_only", True, "not the prompts", flag_values=args)
+    flags.DEFINE_bool("completion_only", None, "not the prompts", flag_values=args)
     flags.DEFINE_enum(
         "overlong",
         None,
@@ -84,8 +86,7 @@ def define(args: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues) -> dict[str, Any]:
-    if not args.data:
-        raise UserError("there is nothing to evaluate on", fix="--data=FILE")
+    asked = settle(args)
     out = Path(args.out)
     new = bool(args.out) and not out.exists() and out.parent.is_dir()
     if args.to == "scores" and not new:
@@ -95,11 +96,10 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
             expected="the name of a file that is not there yet, in a folder that is",
             got=args.out or "no name",
         )
-    question = task_and_loss(args)
+    question = task_and_loss(args, asked)
     mesh, names = make_mesh(), names_of(args.adapter)
     summed = bool(args.adapter_weights or args.adapter_rank)
     uses = parse_use(args.use, names, summed=summed) if args.use else []
-    _settle(args, question[0])
     policy = open_policy(
         model=_model(args),
         workdir=args.workdir,
@@ -111,19 +111,20 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
         weights=args.weights,
     )
     if args.to == "scores":
-        return _write_scores(args, policy, mesh)
+        return _write_scores(asked, args.out, policy, mesh)
     if not uses:
-        return _told(args, policy, mesh, question)
+        return _told(args, asked, policy, mesh, question)
     results: list[dict[str, Any]] = []
     for i in uses:
         own = chosen_alone(policy, names[i], mesh=mesh)
-        told = _told(args, own, mesh, question, tell=not results)
+        told = _told(args, asked, own, mesh, question, tell=not results)
         results.append({**told, "adapter": names[i]})
     return results[0] if len(results) == 1 else {**results[0], "results": results}
 
 
 def _told(
     args: Any,
+    asked: Asked,
     policy: Policy,
     mesh: Mesh,
     question: tuple[str, Any],
@@ -133,24 +134,24 @@ def _told(
     """What was measured of one policy, which is said too."""
     task, loss = question
     if task_of(task).online:
-        found, report = _judged(args, policy, mesh)
+        found, report = _judged(args, asked, policy, mesh)
     else:
-        found, report = measure(args, policy, mesh, task=task, loss=loss, tell=tell)
+        found, report = measure(asked, policy, mesh, task=task, loss=loss, tell=tell)
     say(f"\n{policy.label}\n{evaluation(task, found)}")
     counts = {"rows": report.kept, "truncated": report.truncated}
     about = {"dropped": report.dropped_rows, "model": policy.label, "task": task}
     return {**found, **counts, **about}
 
 
-def task_and_loss(args: Any) -> tuple[str, Any]:
-    """The task and the settings of its loss: of a config, a run or nothing."""
+def task_and_loss(args: Any, asked: Asked) -> tuple[str, Any]:
+    """The task and the settings of its loss: of a config, a run, or by the data."""
     if args.config is not None:
         return args.config.task, args.config.loss
     if args.workdir:
         saved = read_run_config(args.workdir)
         loss = SimpleNamespace(**{"chunk": CHUNK, **saved.get("loss", {})})
         return saved.get("task", "sft"), loss
-    return "sft", PLAIN
+    return ("generic" if is_text(asked.data) else "sft"), PLAIN
 
 
 def _model(args: Any) -> str:
@@ -158,23 +159,8 @@ def _model(args: Any) -> str:
     return args.model if named else args.config.model.path
 
 
-def _settle(args: Any, task: str) -> None:
-    """What the flags leave open about rows is as in the config, or in the run."""
-    data: Any = {}
-    if args.config is not None:
-        data = args.config.data
-    elif args.workdir:
-        data = read_run_config(args.workdir)["data"]
-    for name, usual in ROWS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, data.get(name, usual))
-    if task_of(task).online:
-        # So long were prompt and answer, and so much does a reward model read.
-        args.max_length = args.max_length or data.get("max_length", 0)
-
-
 def measure(
-    args: Any,
+    asked: Asked,
     policy: Policy,
     mesh: Mesh,
     *,
@@ -185,9 +171,7 @@ def measure(
     """The loss and the metrics of a task, and what the data was.
 
     Args:
-      args: `data`, `split`, `max_length`, `batch_size`, `completion_only`, `overlong`
-        (and `separator`, `join`; and `rows`: at most so many, spread evenly), as this
-        command has them.
+      asked: what is read.
       policy: what is measured.
       mesh: of its weights.
       task: of `objectives.tasks`.
@@ -196,7 +180,7 @@ def measure(
     """
     what = task_of(task)
     _check_head(policy, task)
-    loader, rows = _load(args, policy.base, mesh, policy.max_positions, task)
+    loader, rows = load_rows(asked, policy.base, mesh, policy.max_positions, task)
     if tell:
         say(loader.dataset.report.text())
     aim = plan_objective(task, loss, policy.model, policy.base)
@@ -208,10 +192,7 @@ def measure(
         weights = load_base(aim.reference, jnp.float32, mesh)
         put_reference(loader, reference_sums(say_of, weights, loader, loss, mesh, rows))
     elif what.reference is not None:
-        frozen = policy.frozen
-        if frozen is None:
-            formats = policy.formats
-            frozen = load_base(policy.base, jnp.float32, mesh, formats=formats)
+        frozen = _own_base(policy, mesh)
     found = evaluate(
         make_sum_batch(aim.objective),
         policy.variables,
@@ -223,22 +204,34 @@ def measure(
     return found, loader.dataset.report
 
 
+def _own_base(policy: Policy, mesh: Mesh) -> Any:
+    """The model that a policy was trained from, as the reference of its loss."""
+    if policy.frozen is None:
+        return load_base(policy.base, jnp.float32, mesh, formats=policy.formats)
+    if policy.step is None and policy.variables.keys() == policy.frozen.keys():
+        warn(
+            "the model is compared with itself: --config.loss.reference names the one "
+            "that it was trained from"
+        )
+    return policy.frozen
+
+
 def _judged(
-    args: Any, policy: Policy, mesh: Mesh
+    args: Any, asked: Asked, policy: Policy, mesh: Mesh
 ) -> tuple[dict[str, float], DataReport]:
     """The rewards of what a policy answers, as its config has them."""
     saved = args.config.to_dict() if args.config else read_run_config(args.workdir)
     rollout, reward = (SimpleNamespace(**saved[key]) for key in ("rollout", "reward"))
-    longest = _max_length(args, policy.max_positions)
+    longest = length_of(asked, policy.max_positions)
     room = prompt_room(longest, rollout.max_new_tokens)
-    data = _dataset(args, policy.base, room, "prompts")
+    data = load_dataset(asked, policy.base, room, "prompts")
     say(data.report.text())
     place = {"dtype": jnp.float32, "mesh": mesh}
     judge = open_judge(
-        reward, policy.base, length=longest, rows=args.batch_size, **place
+        reward, policy.base, length=longest, rows=asked.batch_size, **place
     )
     player = Player(policy.base, jnp.float32, saved["seed"], rollout, judge)
-    found = player.evaluate(policy.variables, data, args.batch_size)
+    found = player.evaluate(policy.variables, data, asked.batch_size)
     return found, data.report
 
 
@@ -265,87 +258,26 @@ def _no_head(policy: Policy, head: str) -> UserError:
     )
 
 
-def _write_scores(args: Any, policy: Policy, mesh: Mesh) -> dict[str, Any]:
+def _write_scores(asked: Asked, out: str, policy: Policy, mesh: Mesh) -> dict[str, Any]:
     """One line of JSON per row: its place, and the reward of each of its answers."""
     head = task_of("reward").head
     if head not in policy.variables:
         raise _no_head(policy, head)
-    loader, rows = _load(
-        args, policy.base, mesh, policy.max_positions, "reward", "mixed"
-    )
+    most = policy.max_positions
+    loader, rows = load_rows(asked, policy.base, mesh, most, "reward", "mixed")
     say(loader.dataset.report.text())
     found = score_rows(policy.model, policy.variables, loader, mesh, rows)
-    with Path(args.out).open("x", encoding="utf-8") as file:
+    with Path(out).open("x", encoding="utf-8") as file:
         for row in found:
             file.write(json.dumps(row) + "\n")
     pairs = [row for row in found if "chosen" in row]
-    result = {"rows": len(found), "out": args.out, "model": policy.label}
+    result = {"rows": len(found), "out": out, "model": policy.label}
     if pairs:
         right = sum(row["chosen"] > row["rejected"] for row in pairs)
         result["accuracy"] = right / len(pairs)
         say(f"\n{right:,} of {len(pairs):,} pairs are ranked as they were")
-    say(f"{len(found):,} rows -> {args.out}")
+    say(f"{len(found):,} rows -> {out}")
     return result
-
-
-def read_batches(
-    args: Any, base: Base, mesh: Mesh, most: int = 0
-) -> tuple[Iterator[dict[str, np.ndarray]], DataReport]:
-    """The batches of a data set, in file order, and what the data was.
-
-    Args:
-      args: as in `measure`.
-      most: tokens that fit into the model's context; 0: all of its positions.
-    """
-    loader, rows = _load(args, base, mesh, most or base.spec.max_positions, "sft")
-    return loader.epoch(rows), loader.dataset.report
-
-
-def _load(
-    args: Any, base: Base, mesh: Mesh, most: int, task: str, reads: str = ""
-) -> tuple[Loader, int]:
-    """The rows of a file as a task reads them, and how many make a batch."""
-    longest = _max_length(args, most)
-    dataset = _dataset(args, base, longest, reads or task_of(task).reads)
-    dataset.ends = task_of(task).ends
-    length = row_length(dataset, max_length=longest, packing=False)
-    loader = Loader(dataset, length=length, packing=True, seed=0, shuffle=False)
-    rows = -(-min(args.batch_size, loader.rows_per_epoch) // mesh.size) * mesh.size
-    return loader, rows
-
-
-def _dataset(args: Any, base: Base, longest: int, reads: str) -> Dataset:
-    rules = SimpleNamespace(
-        max_length=longest,
-        overlong=args.overlong,
-        separator=getattr(args, "separator", ""),
-        join=getattr(args, "join", False),
-        completion_only=args.completion_only,
-        empty_completion="drop",
-        on_bad_row="error",
-        split=args.split,
-        eval_rows=getattr(args, "rows", 0),
-    )
-    return build_dataset(
-        args.data,
-        base.tokenizer,
-        rules,
-        vocab_size=base.spec.vocab_size,
-        split="eval",
-        reads=reads,
-    )
-
-
-def _max_length(args: Any, most: int) -> int:
-    """How many tokens of a row are looked at."""
-    if args.max_length > most:
-        raise UserError(
-            "rows would be longer than the model's context",
-            where="--max_length",
-            expected=f"at most {most}",
-            got=str(args.max_length),
-        )
-    return args.max_length or min(most, LONGEST)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,17 @@ dequantized W, the same  of a quantized one
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftjax.asked import Asked, read_batches
 from ftjax.checkpoints.hf_save import Host
 from ftjax.console import say
 from ftjax.errors import UserError
 from ftjax.evals.change import change
-from ftjax.evaluate import read_batches
 from ftjax.loading import load_base, open_base
 from ftjax.methods.heads import SCORE
 from ftjax.methods.ia3 import merge_ia3
@@ -94,14 +93,12 @@ def measure_change(
 ) -> dict[str, float]:
     """Of the folder as it was written, against the merge before it was quantized."""
     mesh = make_mesh()
-    asked = SimpleNamespace(
-        data=args.data,
-        split=args.split,
+    asked = Asked(
+        args.data,
+        args.split,
         rows=args.rows,
         max_length=min(args.max_length, policy.base.spec.max_positions),
         batch_size=1,
-        completion_only=True,
-        overlong="truncate",
     )
     batches, _ = read_batches(asked, policy.base, mesh)
     written = open_base(str(folder), note=lambda _: None)

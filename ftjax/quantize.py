@@ -11,7 +11,6 @@ float32: --data=none leaves it out.
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from ftjax import cli
+from ftjax.asked import Asked
 from ftjax.checkpoints.folder import refuse_existing, write_folder
 from ftjax.checkpoints.hf import Weights, read_matrix, read_plain, tell_policy
 from ftjax.checkpoints.quant_save import save_quantized
@@ -235,14 +235,12 @@ def _report(
 def _perplexity(args: flags.FlagValues, base: Base, folder: Path) -> dict[str, Any]:
     """Before, and of the folder as it was written; float32."""
     mesh = make_mesh()
-    asked = SimpleNamespace(
-        data=args.data,
-        split=args.split,
+    asked = Asked(
+        args.data,
+        args.split,
+        rows=args.rows,
         max_length=min(args.max_length, base.spec.max_positions),
         batch_size=args.batch_size,
-        rows=args.rows,
-        completion_only=True,
-        overlong="truncate",
     )
     found: dict[str, Any] = {"data": args.data}
     for name, model in (("before", base.dir), ("after", folder)):

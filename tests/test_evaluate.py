@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ftjax import cli, evaluate
+from configs import sft
+from ftjax import cli, evaluate, train
 from ftjax.export import write_adapter
 from ftjax.policy import open_policy
 from tests.runs import make_run
@@ -25,7 +26,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
         got = cli.run(evaluate.main, [*argv, "--json"], evaluate.define, config=True)
         out, err = capsys.readouterr()
         assert got == code, err
-        return json.loads(out) if code == 0 else {"screen": err}
+        return json.loads(out.splitlines()[-1]) if code == 0 else {"screen": err}
 
     return run
 
@@ -65,6 +66,35 @@ def test_text_rows(batch_size: int, tiny_llama: Path, tmp_path: Path, run: Any) 
     assert found["loss"] == pytest.approx(total / count, rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert found["token_accuracy"] == pytest.approx(right / count)
+
+
+def test_a_text_file_loses_no_token(tiny_llama: Path, tmp_path: Path, run: Any) -> None:
+    """As configs/generic.py reads it: whole documents, in windows."""
+    data = tmp_path / "d.txt"
+    data.write_text("the thing\nin the end\n<|endoftext|>\n" + "on a re " * 40)
+    own = run(f"--model={tiny_llama}", f"--data={data}", "--max_length=32")
+    config = f"--config=configs/generic.py:model={tiny_llama}"
+    assert own == run(config, f"--data={data}", "--max_length=32")
+    assert own["rows"] == 2 and own["truncated"] == 0 and own["bits_per_byte"] > 0
+
+
+def test_a_run_reads_its_own_held_out_rows_as_it_read_them(
+    tiny_llama: Path, tmp_path: Path, run: Any
+) -> None:
+    rows = [{"prompt": f"on {i}", "completion": "the thing " * i} for i in range(9)]
+    config = sft.get_config(f"model={tiny_llama}")
+    data = write(tmp_path / "d.jsonl", [*rows, {"odd": 1}])
+    config.data.update({"train": data, "eval": data, "on_bad_row": "skip"})
+    config.data.update({"max_length": 24, "eval_rows": 7, "completion_only": False})
+    config.train.update({"steps": 2, "batch_size": 4})
+    config.log.tensorboard = False
+    told = train.run(config, str(tmp_path / "run"))["eval"]
+    found = run(f"--workdir={tmp_path / 'run'}", "--weights=last")
+    assert found["truncated"] > 0
+    for name in ("loss", "tokens", "token_accuracy"):
+        assert found[name] == pytest.approx(told[name], rel=1e-5), name
+    longer = run(f"--workdir={tmp_path / 'run'}", "--max_length=200")
+    assert longer["truncated"] == 0 and longer["tokens"] > found["tokens"]
 
 
 def test_long_rows_are_cut_and_counted(

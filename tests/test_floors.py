@@ -43,6 +43,7 @@ FLOORS = {
     "ftjax.evals": 3,
     "ftjax.objectives": 3,
     "ftjax.adapters": 4,
+    "ftjax.asked": 4,
     "ftjax.cli": 4,
     "ftjax.describe": 4,
     "ftjax.job": 4,

@@ -276,13 +276,14 @@ def _warn(
         warn(
             f"{no_room.count / report.read:.0%} of the rows are dropped because the "
             f"prompt alone has {report.max_length:,} tokens or more: raise "
-            "data.max_length"
+            "data.max_length, if the model has more positions"
         )
     beyond = report.dropped.get(enc.SAME_CUT, Tally())
     if beyond.count > DROPPED_SHARE * report.read:
         warn(
             f"{beyond.count / report.read:.0%} of the pairs are dropped because they "
-            f"differ only beyond {report.max_length:,} tokens: raise data.max_length"
+            f"differ only beyond {report.max_length:,} tokens: raise data.max_length, "
+            "if the model has more positions"
         )
     if len(report.schemas) > 1:
         seen = ", ".join(

@@ -182,7 +182,8 @@ def rules_first(row: Row, has_template: bool) -> Row:
 def no_pair(row: Row, rated: bool) -> UserError:
     """A row without a preference, or a rating, where the task needs one."""
     names = row.values
-    fix = "this data trains with configs/sft.py"
+    fix = "rows like this one alone train with configs/sft.py or generic.py; beside "
+    fix += "pairs, with configs/orpo.py"
     if set(RATINGS) & set(names) and not rated:
         fix = "answers that are rated one by one train with configs/kto.py"
     if nulls := [

@@ -171,7 +171,8 @@ def _preference(values: dict[str, Any], where: str) -> UserError:
         where=where,
         expected="`prompt` and `completion`, `messages`, or `text`",
         got=f"columns {quoted(values)}",
-        fix="to imitate the chosen answers, rename `chosen` to `completion` and delete "
+        fix="to compare the answers, use --config=configs/dpo.py, orpo.py, reward.py, "
+        "...; to imitate\nthe chosen ones, rename `chosen` to `completion` and delete "
         "`rejected`",
     )
 
