@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,7 @@ Args = flags.FlagValues
 Define = Callable[[Args], None]
 Main = Callable[[Args], dict[str, Any] | None]
 
+FLAGS = ("--workdir",)  # what others have among their settings
 _ILLEGAL = re.compile(r"flag --([\w.]+)=(.*?): (.*)", re.DOTALL)
 
 
@@ -283,11 +284,22 @@ def _meant(name: str, keys: Iterable[str]) -> list[str]:
     return [key for key in keys if there in (key, key.rpartition(".")[2])]
 
 
+def _did_you_mean(name: str, near: Sequence[str]) -> str:
+    """A question, and how the thing that is called `name` elsewhere differs."""
+    differs = NAMES[name].differs if name in NAMES else ""
+    return f"did you mean {' or '.join(near)}?" + (f" ({differs})" if differs else "")
+
+
 def _unknown_key(key: str, keys: dict[str, Any], config: Any) -> UserError:
     section, _, name = key.rpartition(".")
-    near = _meant(name, keys) or difflib.get_close_matches(key, keys, 3, 0.6)
+    near = _meant(name, [*keys, *FLAGS]) or difflib.get_close_matches(key, keys, 3, 0.6)
     siblings = [k for k in keys if k.rpartition(".")[0] == section]
-    got, fix = None, f"did you mean {' or '.join(near[:3])}?" if near else None
+    siblings += (
+        []
+        if section
+        else sorted({f"{k.partition('.')[0]}.*" for k in keys if "." in k})
+    )
+    got, fix = None, _did_you_mean(name, near[:3]) if near else None
     if siblings == [f"{section}.name"]:
         # A section of nothing but its kind: the key is of another kind.
         kind = config[section].name
@@ -313,9 +325,10 @@ def _unknown_flag(name: str, args: Args) -> UserError:
             f"there is no flag --{name}",
             where="command line",
             expected="a flag of the command, or a key of its configuration",
-            fix="did you mean " + " or ".join(f"--config.{k}" for k in meant) + "?",
+            fix=_did_you_mean(name, [f"--config.{k}" for k in meant]),
         )
-    near = difflib.get_close_matches(name, known, 2, 0.5)
+    ours = NAMES[name].key.removeprefix("--") if name in NAMES else ""
+    near = [ours] if ours in known else difflib.get_close_matches(name, known, 2, 0.5)
     return UserError(
         f"there is no flag --{name}",
         where="command line",
@@ -354,7 +367,8 @@ def _usage(text: str, args: Args, *, config: bool) -> str:
         flag = args[name]
         if name.startswith("config"):
             continue
-        default = "" if flag.default in (None, "", False) else f" [{flag.default}]"
+        unsaid = flag.default is None or flag.default is False or flag.default == ""
+        default = "" if unsaid else f" [{flag.default}]"
         lines.append(f"  --{name}: {flag.help}{default}")
     return "\n".join(lines)
 

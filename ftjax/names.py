@@ -22,16 +22,19 @@ TRAINING = {  # transformers.TrainingArguments
     "num_train_epochs": Ours("train.epochs"),
     "per_device_train_batch_size": Ours(
         "train.batch_size",
-        "rows per optimizer step, over all devices and micro-batches",
+        "rows of a step, over all devices and micro-batches; packed, a row has several "
+        "examples",
     ),
     "gradient_accumulation_steps": Ours(
         "train.accumulate", "cuts train.batch_size, does not multiply it"
     ),
     "gradient_checkpointing": Ours("model.remat", "none, dots or full"),
+    "fp16": Ours("model.dtype", "bfloat16 or float32"),
     "bf16": Ours("model.dtype", "bfloat16 or float32; auto: by the hardware"),
     "learning_rate": Ours("optim.lr"),
     "lr_scheduler_type": Ours("optim.schedule", "ends at optim.final of the rate"),
     "warmup_steps": Ours("optim.warmup"),
+    "warmup_ratio": Ours("optim.warmup", "steps, no share of them"),
     "weight_decay": Ours("optim.weight_decay"),
     "max_grad_norm": Ours("optim.clip_norm"),
     "optim": Ours("optim.name"),
@@ -40,15 +43,20 @@ TRAINING = {  # transformers.TrainingArguments
     "adam_epsilon": Ours("optim.eps"),
     "logging_steps": Ours("train.log_every"),
     "eval_steps": Ours("train.eval_every"),
+    "eval_strategy": Ours("train.eval_every", "steps; 0: at the start and the end"),
+    "per_device_eval_batch_size": Ours("train.batch_size", "the same for both"),
     "save_steps": Ours("train.save_every"),
     "save_total_limit": Ours("train.keep_last", "the best is kept beside them"),
     "report_to": Ours("log.wandb", "and log.tensorboard: each on or off"),
 }
 ADAPTERS = {  # peft.LoraConfig, transformers.BitsAndBytesConfig
+    "use_peft": Ours("method.name", "chosen as --config=FILE.py:method=lora"),
     "r": Ours("method.rank"),
+    "lora_r": Ours("method.rank"),
     "lora_alpha": Ours("method.alpha"),
     "lora_dropout": Ours("method.dropout"),
     "target_modules": Ours("method.targets"),
+    "lora_target_modules": Ours("method.targets"),
     "rank_pattern": Ours("method.rank_pattern", "text: regex=rank,..."),
     "alpha_pattern": Ours("method.alpha_pattern", "text: regex=alpha,..."),
     "modules_to_save": Ours("method.also_train", "regexes"),
@@ -63,8 +71,10 @@ ADAPTERS = {  # peft.LoraConfig, transformers.BitsAndBytesConfig
 }
 ROWS = {  # trl.SFTConfig and all others
     "dataset_name": Ours("data.train", "also a file"),
+    "eval_dataset": Ours("data.eval"),
     "max_length": Ours("data.max_length", "0: 1024, or what the model has"),
     "max_seq_length": Ours("data.max_length"),
+    "max_prompt_length": Ours("data.max_length", "of prompt and answer together"),
     "packing": Ours("data.packing", "on by default; rows never see one another"),
     "completion_only_loss": Ours("data.completion_only"),
     "assistant_only_loss": Ours("data.completion_only"),
@@ -78,6 +88,7 @@ LOSSES = {
     "loss_type": Ours("loss.type", "the same names; several with commas between"),
     "loss_weights": Ours("loss.type_weights", "text, with commas between"),
     "beta": Ours("loss.beta"),
+    "rpo_alpha": Ours("loss.type", "sigmoid,sft with loss.type_weights=1,ALPHA"),
     "label_smoothing": Ours("loss.label_smoothing"),
     "f_divergence_type": Ours("loss.divergence"),
     "f_alpha_divergence_coef": Ours("loss.alpha"),
