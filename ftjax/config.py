@@ -5,7 +5,7 @@ from typing import Any
 
 from ftjax.errors import UserError
 from ftjax.optimizers import settings
-from ftjax.ranges import LARGEST, RULES
+from ftjax.ranges import check_ranges
 
 WHOLE_BATCH = ("kto", "aot", "aot_unpaired")  # losses
 COMPARING = ("dpo", "orpo", "kto", "cpo", "simpo", "reward")  # tasks
@@ -17,22 +17,7 @@ def validate(config: Any) -> None:
     Raises:
       UserError: names the key, what it may be and what it is.
     """
-    for key, allowed in RULES.items():
-        section, _, name = key.rpartition(".")
-        group = config.get(section, {}) if section else config
-        if name not in group or group[name] is None:
-            continue
-        value = group[name]
-        number = isinstance(value, int | float)
-        far = number and not abs(value) <= LARGEST[type(value)]
-        if far or not allowed.test(value):
-            more = f", at most {LARGEST[type(value)]:,}" if far else ""
-            raise UserError(
-                "a value outside its range",
-                where=f"config.{key}",
-                expected=allowed.words + more,
-                got=repr(value)[:100],
-            )
+    check_ranges(config)
     _contradictions(config)
     _check_stream(config)
     _check_init(config)
@@ -82,6 +67,14 @@ def _contradictions(config: Any) -> None:
 
 def _check_stream(config: Any) -> None:
     """A stream has no length of its own, and the learning rate wants to know one."""
+    if config.data.stream and config.loss.get("precompute"):
+        raise UserError(
+            "a reference that is computed before the run reads all rows; a stream has "
+            "none yet",
+            where="config.loss.precompute, config.data.stream",
+            expected="one of the two",
+            fix="--config.loss.precompute=False",
+        )
     if config.data.stream and config.train.steps is None:
         epochs = config.train.epochs
         raise UserError(
@@ -155,6 +148,13 @@ def _check_loss(config: Any) -> None:
             where="config.loss.beta",
             expected="a positive number: with 0 no preference has a gradient",
             got=repr(loss.beta),
+        )
+    if config.task == "kto" and not loss.desirable_weight + loss.undesirable_weight:
+        raise UserError(
+            "nothing is learned of answers that weigh nothing",
+            where="config.loss.desirable_weight, config.loss.undesirable_weight",
+            expected="at least one of them above 0",
+            got="0, 0",
         )
     if config.task == "distill" and loss.nll_weight > 1:
         raise UserError(
@@ -242,6 +242,14 @@ def _check_rollouts(config: Any) -> None:
     """Rollouts are whole groups, and a run stops between them only."""
     train, rollout = config.train, config.rollout
     size, unit = train.batch_size * rollout.batches, rollout_steps(config)
+    if config.task == "grpo" and rollout.group < 2:
+        raise UserError(
+            "an answer is compared with the others of its group, and there are none",
+            where="config.rollout.group",
+            expected="2 or more",
+            got=str(rollout.group),
+            fix="--config.rollout.group=8; PPO learns from single answers",
+        )
     if size % rollout.group:
         near = -(-train.batch_size // rollout.group) * rollout.group
         raise UserError(

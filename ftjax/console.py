@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
 BAR_WIDTH = 24
@@ -228,22 +228,22 @@ class Progress:
     def update(
         self,
         step: int,
-        loss: float | None = None,
+        values: Mapping[str, float] | None = None,
         tokens_per_s: float | None = None,
         eta_s: float | None = None,
-        reward: float | None = None,
     ) -> None:
-        """Shows where the run is; on a terminal it redraws the bar."""
+        """Shows where the run is; on a terminal it redraws the bar.
+
+        The first of the values tells most, and comes first; the others come last.
+        """
         self._step = step
-        parts = []
-        if reward is not None:
-            parts.append(f"reward {reward:.4f}")
-        if loss is not None:
-            parts.append(f"loss {loss:.4f}")
+        said = [f"{name} {value:.4g}" for name, value in (values or {}).items()]
+        parts = said[:1]
         if tokens_per_s is not None:
             parts.append(f"{count(tokens_per_s)} tokens/s")
         if eta_s is not None:
             parts.append(f"{duration(eta_s)} left")
+        parts += said[1:]
         if not self._bar:
             head = f"{self.unit} {step:>{len(str(self.total))}}/{self.total}"
             say("  ".join([head, *parts]), stream=self._stream)

@@ -85,8 +85,8 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 def label(value: float) -> str:
     """A tick in few characters: 0, 0.25, 1.5, 12.3k, 2e-4."""
-    if value == 0:
-        return "0"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
     if abs(value) >= 1000:
         return count(value)
     if abs(value) < 0.01:

@@ -22,6 +22,8 @@ def plan(config: Any, ready: Prepared) -> str:
         parts = [data.train.report.text()]
     if data.eval:
         parts.append(data.eval.report.text())
+    else:
+        parts.append("eval data\n  none: --config.data.eval=FILE names some")
     parts.append(trainable(shape))
     c = config.train
     kind = "dora" if config.method.get("use_dora") else config.method.name
@@ -80,8 +82,8 @@ def evaluation(task: str, found: dict[str, float]) -> str:
 def result(workdir: Path, task: str, steps: int, chat: bool) -> dict[str, Any]:
     """What `--json` prints of a run, read from its own metrics."""
     rows = read_rows(workdir / METRICS)
-    evals = [row for row in rows if row["split"] == "eval"]
-    train = [row for row in rows if row["split"] == "train"]
+    evals = [row for row in rows if row.get("split") == "eval" and "loss" in row]
+    train = [row for row in rows if row.get("split") == "train" and "tokens" in row]
     found: dict[str, Any] = {"workdir": str(workdir), "task": task, "steps": steps}
     found["chat"] = chat
     if train:
@@ -106,8 +108,9 @@ def ending(found: dict[str, Any]) -> str:
     """The last screen of a run: eval loss before and after, and where things are."""
     lines = []
     if "eval" in found:
-        before, after = found["eval_before"]["loss"], found["eval"]["loss"]
-        lines.append(f"eval loss {before:.4f} -> {after:.4f}")
+        name = "reward" if task_of(found["task"]).online else "loss"
+        before, after = found["eval_before"][name], found["eval"][name]
+        lines.append(f"eval {name} {before:.4f} -> {after:.4f}")
     lines.append(console.table(list(map(list, found["files"].items()))))
     use = "chat with it" if found["chat"] else "continue text with it"
     command = f"python -m ftjax.generate --workdir={found['workdir']}"

@@ -17,6 +17,7 @@ up; with --use each is measured alone, over one base.
 """
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +46,7 @@ from ftjax.prepare import plan_objective
 from ftjax.reference import put_reference, reference_sums
 from ftjax.rl.player import Player
 from ftjax.rl.setup import open_judge
-from ftjax.run_folder import read_run_config
+from ftjax.run_folder import Section, read_run_config
 from ftjax.sharding import batch_sharding, make_mesh
 from ftjax.switch import chosen_alone, parse_use
 
@@ -88,7 +89,8 @@ def define(args: flags.FlagValues) -> None:
 def main(args: flags.FlagValues) -> dict[str, Any]:
     asked = settle(args)
     out = Path(args.out)
-    new = bool(args.out) and not out.exists() and out.parent.is_dir()
+    folder = out.parent
+    new = bool(args.out) and not out.exists() and os.access(folder, os.W_OK)
     if args.to == "scores" and not new:
         raise UserError(
             "scores want a new file",
@@ -149,7 +151,7 @@ def task_and_loss(args: Any, asked: Asked) -> tuple[str, Any]:
         return args.config.task, args.config.loss
     if args.workdir:
         saved = read_run_config(args.workdir)
-        loss = SimpleNamespace(**{"chunk": CHUNK, **saved.get("loss", {})})
+        loss = Section(**{"chunk": CHUNK, **saved.get("loss", {})})
         return saved.get("task", "sft"), loss
     return ("generic" if is_text(asked.data) else "sft"), PLAIN
 
@@ -221,7 +223,7 @@ def _judged(
 ) -> tuple[dict[str, float], DataReport]:
     """The rewards of what a policy answers, as its config has them."""
     saved = args.config.to_dict() if args.config else read_run_config(args.workdir)
-    rollout, reward = (SimpleNamespace(**saved[key]) for key in ("rollout", "reward"))
+    rollout, reward = (Section(**saved[key]) for key in ("rollout", "reward"))
     longest = length_of(asked, policy.max_positions)
     room = prompt_room(longest, rollout.max_new_tokens)
     data = load_dataset(asked, policy.base, room, "prompts")
@@ -267,9 +269,7 @@ def _write_scores(asked: Asked, out: str, policy: Policy, mesh: Mesh) -> dict[st
     loader, rows = load_rows(asked, policy.base, mesh, most, "reward", "mixed")
     say(loader.dataset.report.text())
     found = score_rows(policy.model, policy.variables, loader, mesh, rows)
-    with Path(out).open("x", encoding="utf-8") as file:
-        for row in found:
-            file.write(json.dumps(row) + "\n")
+    _write_lines(Path(out), found)
     pairs = [row for row in found if "chosen" in row]
     result = {"rows": len(found), "out": out, "model": policy.label}
     if pairs:
@@ -278,6 +278,22 @@ def _write_scores(asked: Asked, out: str, policy: Policy, mesh: Mesh) -> dict[st
         say(f"\n{right:,} of {len(pairs):,} pairs are ranked as they were")
     say(f"{len(found):,} rows -> {out}")
     return result
+
+
+def _write_lines(out: Path, rows: list[dict[str, Any]]) -> None:
+    """A new file of JSON lines, whole or not at all."""
+    try:
+        file = out.open("x", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            "the scores cannot be written", where=out, got=error.strerror
+        ) from error
+    try:
+        with file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
 
 
 if __name__ == "__main__":

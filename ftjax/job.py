@@ -22,7 +22,6 @@ from ftjax.streaming import Supply
 from ftjax.workdir import Workdir, compare_values
 
 PyTree = Any
-NEW: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "best": None}  # of a run's meta
 
 
 @dataclass
@@ -108,8 +107,7 @@ def begin(config: Any, ready: Prepared, folder: Workdir, stop: StopRequest) -> J
         raise Stopped("stopped before the first step: there is nothing to save")
     tx = make_optimizer(config.optim, ready.steps, ready.shape.matrices)
     state = on_mesh(init_state(trained, tx, config.seed), ready.mesh)
-    chat = ready.data.train.report.conversations > 0
-    meta = {**identity, "chat": chat} | NEW
+    meta = identity | new_meta(ready)
     if first:
         meta = checkpoints.meta(first)
         state = checkpoints.restore(first, state)
@@ -132,6 +130,19 @@ def begin(config: Any, ready: Prepared, folder: Workdir, stop: StopRequest) -> J
         step_fn,
         state,
     )
+
+
+def new_meta(ready: Prepared) -> dict[str, Any]:
+    """What a run keeps beside its state, at its start."""
+    tokenizer = ready.base.tokenizer
+    return {
+        "chat": ready.data.train.report.conversations > 0,
+        "tokenizer": tokenizer.fingerprint(),
+        "template": tokenizer.template_hash,
+        "tokens": 0,
+        "seconds": 0.0,
+        "best": None,
+    }
 
 
 def identity_of(config: Any, ready: Prepared) -> dict[str, Any]:

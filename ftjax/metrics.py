@@ -18,6 +18,7 @@ from ftjax.errors import UserError
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+_TEXTS = ("split", "prompt", "text", "reference")
 
 # JSON has no number for these; the strings are those of protobuf's JSON mapping.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -141,8 +142,21 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
                 row = json.loads(line) if line.endswith("\n") else None
             except json.JSONDecodeError:
                 row = None
-            ours = isinstance(row, dict) and isinstance(row.get("step"), int)
-            yield line, row if ours else None
+            yield line, row if _is_ours(row) else None
+
+
+def _is_ours(row: Any) -> bool:
+    """Whether it is a row as this file writes them: a step, texts and numbers."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    return all(
+        isinstance(value, str)
+        if name in _TEXTS
+        else value in _NOT_FINITE
+        if isinstance(value, str)
+        else isinstance(value, int | float) and not isinstance(value, bool)
+        for name, value in row.items()
+    )
 
 
 def _number(value: Any) -> int | float:
@@ -166,10 +180,9 @@ def _encoded(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decoded(row: dict[str, Any]) -> dict[str, Any]:
-    texts = ("split", "prompt", "text", "reference")
     return {
         name: _NOT_FINITE.get(value, value)
-        if isinstance(value, str) and name not in texts
+        if isinstance(value, str) and name not in _TEXTS
         else value
         for name, value in row.items()
     }

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -30,9 +29,10 @@ from ftjax.models.decoder import Decoder
 from ftjax.models.proj import find_sites
 from ftjax.objectives.ppo import VALUE
 from ftjax.objectives.tasks import plan_task, task_of
-from ftjax.run_folder import choose_step, read_run_config
+from ftjax.run_folder import CONFIG, Section, choose_step, read_run_config
 from ftjax.sharding import make_mesh, shard_tree
 from ftjax.weights import join
+from ftjax.workdir import compare_values
 
 PyTree = Any
 Note = Callable[[str], None]
@@ -131,7 +131,7 @@ def run_formats(config: dict[str, Any], model: Decoder) -> Plan:
     """What a run quantized of its base; nothing, if it knew no quantization yet."""
     if "quant" not in config:
         return {}
-    return plan_quant(find_sites(model), SimpleNamespace(**config["quant"]))
+    return plan_quant(find_sites(model), Section(**config["quant"]))
 
 
 def base_of_run(config: dict[str, Any], note: Note = say) -> Base:
@@ -157,7 +157,9 @@ def _open_run(workdir: str, weights: str, dtype: Any, mesh: Mesh, note: Note) ->
     step, which = choose_step(saved, weights)
     meta = saved.meta(step)
     _check_hash(meta.get("base_hash"), base, f"{folder}/{step}/meta.json")
-    task, settings = config.get("task", "sft"), SimpleNamespace(**config["method"])
+    _check_tokens(meta, base, f"{folder}/{step}/meta.json", note)
+    _require_same_method(config, meta, Path(workdir).expanduser() / CONFIG)
+    task, settings = config.get("task", "sft"), Section(**config["method"])
     method = plan_task(decoder, task, settings)
     like = {
         name: _like(part.shapes, part.axes, mesh) for name, part in method.parts.items()
@@ -248,6 +250,37 @@ def check_adapter(base: Base, note: Note, adapter: Adapter, where: str) -> None:
             f" {made_for}); it is put on {base.name} unverified"
         )
     _check_hash(adapter.base_hash, base, where)
+
+
+def _require_same_method(config: Any, meta: Any, where: Path) -> None:
+    """What was trained says nothing of its rank or strength: an edited file would."""
+    names = [name for name in ("method", "quant") if name in config and name in meta]
+    compare_values(
+        {name: meta[name] for name in names},
+        {name: config[name] for name in names},
+        what="the configuration of a run is not that of its checkpoint",
+        where=where,
+        fix="restore the file",
+    )
+
+
+def _check_tokens(meta: Any, base: Base, where: str, note: Note) -> None:
+    """A run was trained on the ids, and the template, of one tokenizer.
+
+    Raises:
+      UserError: the ids mean other texts now.
+    """
+    saved, found = meta.get("tokenizer"), base.tokenizer.fingerprint()
+    if saved and saved != found:
+        raise UserError(
+            "the tokenizer of the base is another one than the run was trained with",
+            where=where,
+            expected=f"ids {saved[:12]}",
+            got=f"{found[:12]} in {base.tokenizer.path}",
+            fix="restore the tokenizer's files",
+        )
+    if "template" in meta and meta["template"] != base.tokenizer.template_hash:
+        note("the chat template is another one than the run was trained with")
 
 
 def _check_hash(expected: str | None, base: Base, where: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ftjax.errors import UserError
 from ftjax.optimizers import settings
 from ftjax.quant.formats import NAMES as FORMATS
 
@@ -141,3 +142,40 @@ RULES: dict[str, Range] = {
     "train.keep_best": AT_LEAST_0,
     "train.max_skipped": AT_LEAST_1,
 }
+
+OPTIONAL = ("train.steps", "train.epochs")
+
+
+def check_ranges(config: Any, where: str = "config.") -> None:
+    """Checks the values of a configuration, or of one that was saved, one by one.
+
+    Args:
+      config: a `ConfigDict`, or the dict of a config.json.
+      where: what is written before the key of a value that is outside its range.
+
+    Raises:
+      UserError: names the key, what it may be and what it is.
+    """
+    for key, allowed in RULES.items():
+        section, _, name = key.rpartition(".")
+        group = config.get(section, {}) if section else config
+        if name not in group or (group[name] is None and key in OPTIONAL):
+            continue
+        value = group[name]
+        number = isinstance(value, int | float)
+        far = number and not abs(value) <= LARGEST[type(value)]
+        if far or not _passes(allowed, value):
+            more = f", at most {LARGEST[type(value)]:,}" if far else ""
+            raise UserError(
+                "a value outside its range",
+                where=f"{where}{key}",
+                expected=allowed.words + more,
+                got=repr(value)[:100],
+            )
+
+
+def _passes(allowed: Range, value: Any) -> bool:
+    try:
+        return bool(allowed.test(value))
+    except TypeError:  # a file that was edited may hold anything
+        return False

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from ftjax import curves
 from ftjax.console import count, duration, printable
 from ftjax.meanings import MEANINGS
 from ftjax.metrics import METRICS, SAMPLES, read_rows
+from ftjax.scrub import scrubbed, scrubbed_text
 
 PACKAGES = (
     "jax",
@@ -33,6 +33,7 @@ PACKAGES = (
     "transformers",
     "tokenizers",
 )
+PLAN = "plan.txt"  # what a run said of its data and of what it trains
 LONGEST_TEXT = 4000
 LOSS_OF_TOKENS = "loss (nats per trained token)"
 # Beside the loss, where a run has them: the numbers at the top, the curves.
@@ -47,18 +48,9 @@ CHARTS = (
     "accuracy_fair",
     "margin",
     "kl",
+    "objective/kl",
     "nll",
 )
-
-_SECRET_KEY = re.compile(
-    r"(?i)(^|[_.-])(tokens?|passw(or)?d|secret|api_?key|credentials?)$"
-)
-_SECRET = re.compile(
-    r"\b(hf_|sk-|gh[pousr]_|github_pat_|AKIA|glpat-|xox[abp]-)[A-Za-z0-9_-]{8,}"
-)
-_HOME = re.compile(r"(/(home|Users)/[^/]+|~\w*)/?")
-_ABSOLUTE = re.compile(r"/|~\w*/|[A-Za-z]:[\\/]")
-_HIDDEN = "(hidden)"
 
 Row = dict[str, Any]
 
@@ -76,7 +68,7 @@ def write_report(workdir: Path) -> None:
     loss = _loss_series(rows)
     title = _title(config, workdir)
     curves.write_loss_png(workdir / "loss.png", _panels(rows, loss), title)
-    page = _page(title, rows, samples, config, loss)
+    page = _page(title, rows, samples, config, loss, _read_text(workdir / PLAN))
     partial = workdir / "report.html.partial"
     partial.write_text(page, encoding="utf-8")
     partial.replace(workdir / "report.html")
@@ -94,13 +86,12 @@ def _panels(
     rows: list[Row], loss: list[curves.Series]
 ) -> list[tuple[str, list[curves.Series]]]:
     """The loss, and what tells most beside it, where the task has such a number."""
-    found = [(LOSS_OF_TOKENS, loss)]
     for name in CHARTS:
         points = _points(rows, "train", name), _points(rows, "eval", name)
         if any(points):
-            found = [("loss", loss), (name, curves.loss_series(*points))]
-            break
-    return found
+            both = [("loss", loss), (name, curves.loss_series(*points))]
+            return both[::-1] if name == "reward" else both
+    return [(LOSS_OF_TOKENS, loss)]
 
 
 def environment() -> dict[str, str]:
@@ -123,22 +114,12 @@ def environment() -> dict[str, str]:
     return found
 
 
-def scrubbed(value: Any, key: str = "") -> Any:
-    """A config value that can be published: no secret, no folder of this machine."""
-    if isinstance(value, dict):
-        return {name: scrubbed(inner, name) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [scrubbed(inner, key) for inner in value]
-    if not isinstance(value, str):
-        return value
-    if value and _SECRET_KEY.search(key):
-        return _HIDDEN
-    text = re.sub(r"(\w://)[^/\s@]+@", rf"\1{_HIDDEN}@", _SECRET.sub(_HIDDEN, value))
-    if text == str(Path.home()) or _HOME.fullmatch(text):
-        return "~"
-    if _ABSOLUTE.match(text):
-        return ".../" + re.split(r"[\\/]", text.rstrip("\\/"))[-1]
-    return text
+def _read_text(path: Path) -> str:
+    """A text that can be published: no secret, no folder of this machine."""
+    try:
+        return scrubbed_text(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _read_config(path: Path) -> Row:
@@ -180,6 +161,7 @@ def _page(
     samples: list[Row],
     config: Row,
     loss: Sequence[curves.Series],
+    plan: str,
 ) -> str:
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     last = max((int(row["step"]) for row in rows), default=0)
@@ -197,6 +179,7 @@ def _page(
             _results(rows),
             _curves(rows, loss),
             _samples(samples),
+            _plan(plan),
             _config(config),
             f"<h2>Environment</h2>\n{_facts(environment())}",
             "<footer>Written by ftjax from metrics.jsonl, samples.jsonl and "
@@ -251,6 +234,8 @@ def _eval_table(evals: list[Row]) -> str:
     for name, (shown, sign, text) in MEANINGS.items():
         if not all(isinstance(row.get(name), int | float) for _, row in columns):
             continue
+        if name == "loss" and "reward" in first:  # it is minus that
+            continue
         cells = "".join(f"<td>{shown.format(row[name])}</td>" for _, row in columns)
         change = last[name] - first[name]
         better = ' class="better"' if change * sign > 0 else ""
@@ -273,6 +258,8 @@ def _curves(rows: list[Row], loss: Sequence[curves.Series]) -> str:
     for name in CHARTS:
         both = _points(rows, "train", name), _points(rows, "eval", name)
         charts[name] = curves.loss_series(*both)
+    if charts["reward"]:  # then the loss says nothing, and comes last
+        charts["Loss"] = charts.pop("Loss")
     figures = []
     for name, series in charts.items():
         keys = "".join(f'<i class="{one.kind}"></i>{_esc(one.name)}' for one in series)
@@ -340,6 +327,11 @@ def _step(row: Row) -> str:
     reward = row.get("reward")
     earns = f", reward {reward:.4g}" if isinstance(reward, int | float) else ""
     return f"step {int(row['step']):,}{earns}"
+
+
+def _plan(plan: str) -> str:
+    """The account of the data and of the trained weights, as the console showed it."""
+    return f"<h2>Data</h2>\n<pre>{_esc(plan)}</pre>" if plan else ""
 
 
 def _config(config: Row) -> str:

@@ -2,21 +2,24 @@
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ftjax.checkpoints.manifest import MANIFEST
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.errors import UserError
+from ftjax.ranges import check_ranges
 from ftjax.workdir import read_json
 
 CONFIG = "config.json"
+SECTIONS = {"model", "method", "quant", "data", "loss", "train", "rollout", "reward"}
 
 
 def read_run_config(workdir: str) -> dict[str, Any]:
     """The configuration that a run was started with, from its `config.json`.
 
     Raises:
-      UserError: if this is no run directory.
+      UserError: if this is no run directory, or a value cannot be.
     """
     folder = Path(workdir).expanduser()
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
@@ -29,7 +32,34 @@ def read_run_config(workdir: str) -> dict[str, Any]:
             got=None if folder.is_dir() else "no such folder",
             fix=f"pass it as --model={workdir}" if is_model else None,
         )
+    for name in SECTIONS & config.keys():
+        if not isinstance(config[name], dict):
+            raise UserError(
+                "a section of a configuration is none",
+                where=f"{folder / CONFIG}: {name}",
+                expected="an object",
+                got=repr(config[name])[:100],
+                fix="restore the file; every checkpoint belongs to one configuration",
+            )
+    check_ranges(config, f"{folder / CONFIG}: ")
     return config
+
+
+class MissingKey(UserError, AttributeError):
+    """A key that a run's configuration does not have; `getattr` takes its default."""
+
+
+class Section(SimpleNamespace):
+    """A section of a saved configuration, its keys as attributes."""
+
+    def __getattr__(self, key: str) -> Any:
+        raise MissingKey(
+            f"the run's configuration has no `{key}`",
+            where=CONFIG,
+            expected="the keys of the configuration that the run was made with",
+            got=", ".join(vars(self))[:200],
+            fix="restore the file, or add the key with its usual value",
+        )
 
 
 def is_run(config: dict[str, Any]) -> bool:

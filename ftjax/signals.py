@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the first signal asks, the second Ctrl-C insists."""
+"""Stopping a run from outside: the first signal asks, a Ctrl-C after it insists."""
 
 import contextlib
 import os
@@ -19,9 +19,9 @@ class StopRequest:
             step()
     ```
 
-    A second SIGINT raises `KeyboardInterrupt` where the program stands. The handlers
-    found at the start come back at the end. Outside the main thread, where Python
-    allows no handlers, nothing is installed and the flag stays False.
+    A SIGINT after another signal raises `KeyboardInterrupt` where the program stands.
+    The handlers found at the start come back at the end. Outside the main thread, where
+    Python allows no handlers, nothing is installed and the flag stays False.
 
     Attributes:
       requested: whether a signal has come.
@@ -30,7 +30,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._interrupts = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -55,10 +54,8 @@ class StopRequest:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                raise KeyboardInterrupt
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
         if self.signal is None:
             self.signal = signal.Signals(number)
             # print() may be what was interrupted, and it is not reentrant.

@@ -122,6 +122,16 @@ class Supply:
             f"stopped: saved step {step} of {self._steps}; the same command continues"
         )
 
+    def ending(self) -> str | None:
+        """What to tell where a stream was over before the last step."""
+        end = self.last
+        if self._loader is not None or end >= self._steps:
+            return None
+        return (
+            f"the stream ended at step {end} of {self._steps}, over which the learning "
+            "rate was laid out; rows that come later are for another --workdir"
+        )
+
     def meta(self) -> dict[str, Any]:
         """What a checkpoint keeps of a stream; {} for stored rows."""
         stream = self.stream

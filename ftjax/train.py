@@ -32,7 +32,7 @@ from ftjax.metrics import MetricLog
 from ftjax.models.proj import find_sites
 from ftjax.optim import make_schedule
 from ftjax.prepare import prepare
-from ftjax.report import write_report
+from ftjax.report import PLAN, write_report
 from ftjax.signals import StopRequest
 from ftjax.watch import Watch, is_better
 from ftjax.weights import join
@@ -64,7 +64,8 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         for change in folder.compare_config(config.to_dict()):
             say(f"changed since the run began: {change}")
         ready = prepare(config)
-        say(describe.plan(config, ready))
+        plan = describe.plan(config, ready)
+        say(plan)
         job = begin(config, ready, folder, stop)
         log = MetricLog(
             folder.path,
@@ -76,7 +77,11 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         with log, Progress(ready.steps, start=job.first) as progress:
             train(job, log, progress)
         if job.supply.stream is not None:
+            plan = f"{plan}\n\n{job.supply.stream.text()}"
             say(job.supply.stream.text())
+        if over := job.supply.ending():
+            say(over)
+        (folder.path / PLAN).write_text(plan + "\n", encoding="utf-8")
         finish(job, folder)
         step, chat = int(job.state.step), job.meta["chat"]
         found = describe.result(folder.path, config.task, step, chat)
@@ -111,10 +116,9 @@ def train(job: Job, log: MetricLog, progress: Progress) -> None:
         totals = {"tokens": meta["tokens"], "time": clock.elapsed}
         values |= {"lr": rate(step - 1), "tokens_per_s": speed, **totals}
         log.write(step, "train", **values)
-        if job.due(step, c.log_every):
-            reward = values.get("reward")
-            progress.update(step, values["loss"], speed, clock.left, reward)
         watch.see(step, values)
+        if job.due(step, c.log_every):
+            progress.update(step, watch.recent.take(), speed, clock.left)
         if now is None:
             continue
         job.state, score = now, None
@@ -128,7 +132,7 @@ def train(job: Job, log: MetricLog, progress: Progress) -> None:
         kept, halts = better and c.keep_best > 0, supply.halts(step)
         if job.due(step, c.save_every) or kept or halts:
             job.save(clock.elapsed, score)
-        if halts and step < supply.last:
+        if halts:
             break
         clock.restart()
     watch.end()

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from ftjax.console import warn
@@ -21,6 +21,9 @@ class Watch:
     """Sees what every step gives.
 
     The loss of a policy on its own answers says nothing, and is not watched.
+
+    Attributes:
+      recent: what to show of the steps since the last line.
     """
 
     def __init__(self, job: Job):
@@ -28,6 +31,7 @@ class Watch:
         self._means_something = not task_of(job.config.task).online
         self._losses: deque[float] = deque(maxlen=BEFORE + RECENT)
         self._seen = self._left_out = 0
+        self.recent = Recent(job.config.task)
 
     def see(self, step: int, values: dict[str, Any]) -> None:
         """Warns where the loss has risen.
@@ -36,6 +40,7 @@ class Watch:
           UserError: too many updates in a row had to be left out.
         """
         self._seen += 1
+        self.recent.add(values)
         self._left_out += values["skipped"] > 0
         if values["skipped"] >= self._limit:
             raise self._diverged(step, values)
@@ -73,6 +78,24 @@ class Watch:
             f"{step - values['skipped']}, the last good checkpoint: {last}",
             code=EXIT_DIVERGED,
         )
+
+
+class Recent:
+    """What the steps since the last line gave: the means of what a task shows."""
+
+    def __init__(self, task: str):
+        what = task_of(task)
+        self._names = what.shown if what.online else ("loss", *what.shown)
+        self._given: list[dict[str, float]] = []
+
+    def add(self, values: dict[str, float]) -> None:
+        self._given.append(values)
+
+    def take(self) -> dict[str, float]:
+        """By name, without what none of the steps gave; and starts anew."""
+        given = {n: [v[n] for v in self._given if n in v] for n in self._names}
+        self._given.clear()
+        return {name: fmean(numbers) for name, numbers in given.items() if numbers}
 
 
 def has_risen(losses: Sequence[float]) -> bool:

@@ -45,7 +45,7 @@ def make_run(
     folder.mkdir(parents=True)
     configs = {"sft": sft, "reward": reward}
     config = configs[task].get_config(f"model={model},method={method}")
-    config.data.train = data
+    config.data.train = data or "rows.jsonl"
     config.method.update(values)
     settings = json.loads(json.dumps(config.to_dict()))
     (folder / "config.json").write_text(json.dumps(settings))

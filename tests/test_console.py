@@ -83,11 +83,11 @@ def test_duration(seconds: float, text: str) -> None:
 def test_progress_prints_plain_lines_where_there_is_no_terminal() -> None:
     out = io.StringIO()
     with Progress(100, stream=out) as progress:
-        progress.update(5, loss=2.5, tokens_per_s=1234.0, eta_s=61)
+        progress.update(5, {"loss": 2.5, "margin": 0.25}, tokens_per_s=1234.0, eta_s=61)
         progress.note("saved step 5")
         progress.update(100)
     assert out.getvalue() == (
-        "step   5/100  loss 2.5000  1.23k tokens/s  1m 01s left\n"
+        "step   5/100  loss 2.5  1.23k tokens/s  1m 01s left  margin 0.25\n"
         "saved step 5\n"
         "step 100/100\n"
     )
@@ -100,9 +100,9 @@ def test_progress_redraws_one_line_on_a_terminal(
     monkeypatch.setenv("COLUMNS", "60")
     out = Terminal()
     progress = Progress(4, stream=out)
-    progress.update(2, loss=1.0)
+    progress.update(2, {"loss": 1.0})
     progress.note("eval loss 0.9")
-    progress.update(4, loss=0.5, tokens_per_s=10.0, eta_s=0.0)
+    progress.update(4, {"loss": 0.5}, tokens_per_s=10.0, eta_s=0.0)
     progress.close()
     text = out.getvalue()
     assert text.count("\n") == 2 and text.endswith("\n")
@@ -122,7 +122,7 @@ def test_a_reader_that_goes_away_ends_nothing() -> None:
     script = (
         "import sys\nfrom ftjax.console import Progress, say\n"
         "progress = Progress(50000)\n"
-        "for step in range(50000): progress.update(step, loss=1.0)\n"
+        "for step in range(50000): progress.update(step, {'loss': 1.0})\n"
         "say('more'); print('more'); print('done', file=sys.stderr)\n"
     )
     process = subprocess.Popen(

@@ -33,6 +33,7 @@ FLOORS = {
     "ftjax.curves": 0,
     "ftjax.workdir": 0,
     "ftjax.lock": 0,
+    "ftjax.scrub": 0,
     "ftjax.signals": 0,
     "ftjax.losses": 0,
     "ftjax.data": 0,

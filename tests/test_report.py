@@ -9,7 +9,8 @@ import pytest
 
 from ftjax.curves import Series, label, loss_series, smoothed, svg_chart, ticks
 from ftjax.metrics import MetricLog
-from ftjax.report import environment, scrubbed, write_report
+from ftjax.report import PLAN, environment, write_report
+from ftjax.scrub import scrubbed
 
 VOID = {"meta", "br", "line", "path", "circle"}
 
@@ -140,8 +141,9 @@ def test_minus_a_reward_is_on_no_axis_with_a_loss(tmp_path: Path) -> None:
     write_report(tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     charts = page.text.split("Curves")[1]
-    assert charts.index("Loss") < charts.index("train") < charts.index("reward")
-    assert "eval" not in charts[: charts.index("reward")] and "eval" in charts
+    assert charts.index("reward") < charts.index("eval") < charts.index("Loss")
+    loss = charts[charts.index("Loss") :]
+    assert "eval" not in loss[: loss.index("Learning rate")]
     assert "eval loss" not in page.text and "reward, was 0" in page.text
 
 
@@ -180,6 +182,14 @@ def test_values_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
 )
 def test_scrubbed(key: str, value: object, shown: object) -> None:
     assert scrubbed({key: value}) == {key: shown}
+
+
+def test_what_the_run_said_of_its_data_names_no_folder(tmp_path: Path) -> None:
+    said = "source  /da" + "ta/alice/rows.jsonl\n64 x 32, a.jsonl:3/4, hf_abcdefghijkl"
+    (tmp_path / PLAN).write_text(said)
+    write_report(make_run(tmp_path, 1))
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "source  .../rows.jsonl\n64 x 32, a.jsonl:3/4, (hidden)" in text
 
 
 def test_home_is_never_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

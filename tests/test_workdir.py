@@ -327,12 +327,12 @@ def test_a_signal_asks_to_stop(number: signal.Signals) -> None:
     assert {n: signal.getsignal(n) for n in before} == before
 
 
-def test_the_second_interrupt_insists() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_after_it_insists(number: signal.Signals) -> None:
     with StopRequest() as stop:
+        os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
+        assert stop.signal == number
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -135,7 +135,7 @@ def build_dataset(
         refuse_no_signal(source, reads, data.values)
     check_ids(data.examples, vocab_size)
     data.hashes = _account(data, report, reads)
-    _warn(report, notes, tokenizer, data.examples[0])
+    _warn(report, notes, tokenizer, data.examples[0], mixed=reads == "mixed")
     return data
 
 
@@ -268,8 +268,14 @@ def _hash(members: list[enc.Example]) -> int:
 
 
 def _warn(
-    report: DataReport, notes: Notes, tokenizer: Tokenizer, first: enc.Example
+    report: DataReport,
+    notes: Notes,
+    tokenizer: Tokenizer,
+    first: enc.Example,
+    *,
+    mixed: bool,
 ) -> None:
+    """What is worth a word of a data set; `mixed` where all kinds of rows are read."""
     warn = report.warnings.append
     no_room = report.dropped.get(enc.NO_ROOM, Tally())
     if no_room.count > DROPPED_SHARE * report.read:
@@ -285,7 +291,7 @@ def _warn(
             f"differ only beyond {report.max_length:,} tokens: raise data.max_length, "
             "if the model has more positions"
         )
-    if len(report.schemas) > 1:
+    if len(report.schemas) > 1 and not mixed:
         seen = ", ".join(
             f"{name} at {t.places[0]}" for name, t in report.schemas.items()
         )

@@ -113,6 +113,15 @@ def read_pair(row: Row, has_template: bool) -> tuple[Any, Any]:
         )
     if isinstance(prompt, str):
         repeated = chosen[0].get("role") in ("user", "system")
+        if repeated and prompt not in [turn.get("content") for turn in chosen]:
+            raise UserError(
+                "the prompt is none of the messages that both sides repeat",
+                where=row.where,
+                expected="a prompt that is among the messages, or answers alone",
+                got=f"`prompt` {clip(prompt)}; messages that begin with "
+                f"{clip(chosen[0].get('content'))}",
+                fix="delete `prompt` where the messages are whole, or mend the row",
+            )
         prompt = None if repeated else says("user", prompt)
     prompt, chosen, rejected = _share(prompt, chosen, rejected, row.where, columns)
     if system and (not prompt or prompt[0].get("role") != "system"):

@@ -158,7 +158,7 @@ class DataReport:
         table += [("tokens per row", quantiles), ("", histogram(self.lengths))]
         if self.rows is not None:
             count, length, fill = self.rows
-            of = f"{count:,} of {length:,}, {fill:.1%} filled, {1 - fill:.1%} padding"
+            of = f"{count:,} of {length:,} tokens, {1 - fill:.1%} of them padding"
             table.append(("rows an epoch", of))
         return table
 

@@ -121,6 +121,12 @@ class Tokenizer:
         ids = sorted(self._hf.get_vocab().items())
         return hashlib.blake2b(repr(ids).encode(), digest_size=16).hexdigest()
 
+    @property
+    def template_hash(self) -> str:
+        """Of the text of its chat template; empty where it has none."""
+        text = self.template.source if self.template is not None else ""
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest() if text else ""
+
     def require_template(self, where: str) -> ChatTemplate:
         """The chat template, or a UserError that names the ways out."""
         if self.template is None:

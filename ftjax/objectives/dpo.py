@@ -22,6 +22,7 @@ from ftjax.weights import Array
 
 PyTree = Any
 REFERENCE = ("ref_chosen", "ref_rejected")  # leaves of a batch: the reference's sums
+LARGEST_WEIGHT = 1e6  # of a loss in a mixture
 SFT = "sft"  # of the losses: the one that is a mean over tokens
 
 
@@ -114,16 +115,17 @@ def mixture_of(types: str, weights: str) -> dict[str, float]:
             expected=", ".join(LOSSES) + "; or several of them, with commas between",
             got=", ".join(unknown),
         )
-    parts = [part for part in weights.split(",") if part.strip()]
     try:
-        numbers = [float(part) for part in parts] or [1.0] * len(names)
+        given = weights.split(",") if weights.strip() else []
+        numbers = [float(part) for part in given] or [1.0] * len(names)
     except ValueError:
         numbers = []
-    if not names or len(numbers) != len(names) or len(set(names)) < len(names):
+    good = all(0 <= n <= LARGEST_WEIGHT for n in numbers) and any(numbers)
+    if not good or len(numbers) != len(names) or len(set(names)) < len(names):
         raise UserError(
             "every loss of a mixture needs its own weight",
             where="config.loss.type, config.loss.type_weights",
-            expected="such as type=sigmoid,sft type_weights=1,0.5",
+            expected="such as type=sigmoid,sft type_weights=1,0.5; not all 0",
             got=f"type={types} type_weights={weights}",
         )
     return dict(zip(names, numbers, strict=True))

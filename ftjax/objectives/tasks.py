@@ -75,7 +75,7 @@ def _causal(model: Decoder, config: Any) -> Objective:
 
 
 LIKELIHOOD = ("perplexity", "token_accuracy")
-REWARD = ("reward", "completions/mean_length")
+LENGTHS, PPO_KL = ("completions/mean_length",), "objective/kl"
 PREFERENCE = ("rewards/accuracies_fair", "rewards/margins")
 
 TASKS: dict[str, Task] = {
@@ -95,13 +95,13 @@ TASKS: dict[str, Task] = {
         "rated",
         reference=rated_logps,
         shares=True,
-        shown=("kl", "rewards/chosen"),
+        shown=("kl", "rewards/chosen", "rewards/rejected"),
     ),
     "cpo": Task(cpo, "pairs", shares=True, shown=("nll", *PREFERENCE)),
     "simpo": Task(cpo, "pairs", shares=True, shown=PREFERENCE),
     "distill": Task(_causal, guided=distilled, shown=("nll", "token_accuracy")),
-    "grpo": Task(grpo, "prompts", shown=REWARD),
-    "ppo": Task(ppo, "prompts", head=VALUE, shown=REWARD),
+    "grpo": Task(grpo, "prompts", shown=("reward", "kl", *LENGTHS)),
+    "ppo": Task(ppo, "prompts", head=VALUE, shown=("reward", PPO_KL, *LENGTHS)),
 }
 
 

@@ -1,5 +1,6 @@
 """All rewards of a run on one scale: named, weighted, checked, summed."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -145,40 +146,52 @@ def _called(
     name: str, function: Reward, rows: Sequence[Columns], texts: Sequence[str]
 ) -> list[float | None]:
     """A function's rewards, checked."""
-    names = dict.fromkeys(column for row in rows for column in row)
-    columns = {c: [row.get(c) for row in rows] for c in names if c != "prompt"}
-    prompts = [row["prompt"] for row in rows]
+    # What it is given is its own: it may change it, and the data stays as it is.
+    own = [copy.deepcopy(row) for row in rows]
+    names = dict.fromkeys(column for row in own for column in row)
+    columns = {c: [row.get(c) for row in own] for c in names if c != "prompt"}
+    prompts = [row["prompt"] for row in own]
     given = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     try:
         found = function(prompts=prompts, completions=given, **columns)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise UserError(
             "the reward function failed",
             where=f"{WHERE}={name}",
-            got=f"{type(error).__name__}: {error}"[:300],
+            got=f"{type(error).__name__}: {_shown(error)}",
             fix="--debug shows where; it is called as "
             f"f(prompts=, completions=, {', '.join(f'{c}=' for c in columns)})"[:200],
         ) from error
-    is_list = isinstance(found, list | tuple | np.ndarray) and np.ndim(found) == 1
+    is_list = isinstance(found, list | tuple) or (
+        isinstance(found, np.ndarray) and found.ndim == 1
+    )
     values = list(found) if is_list else None
     if values is None or len(values) != len(texts) or not all(map(_judges, values)):
         raise UserError(
             "the reward function gives something else than rewards",
             where=f"{WHERE}={name}",
             expected=f"a list of {len(texts)} numbers, one per completion",
-            got=clip(found, 120) if values is None else f"{len(values)}: {clip(found)}",
+            got=_shown(found) if values is None else f"{len(values)}: {_shown(found)}",
         )
     return [None if x is None else _number(x) for x in values]
 
 
 def _judges(value: Any) -> bool:
-    real = isinstance(value, int | float | np.number | np.bool_)
-    return value is None or (real and not isinstance(value, np.complexfloating))
+    real = isinstance(value, int | float | np.integer | np.floating | np.bool_)
+    return value is None or (real and not isinstance(value, np.timedelta64))
+
+
+def _shown(value: Any) -> str:
+    """A stranger's object as one line; it may fail at that too."""
+    try:
+        return clip(str(value), 300)
+    except Exception as error:
+        return f"(its text fails: {type(error).__name__})"
 
 
 def _number(value: Any) -> float:
@@ -187,7 +200,7 @@ def _number(value: Any) -> float:
 
 
 def _weights(config: Any, names: list[str]) -> list[float]:
-    parts = [part for part in config.weights.split(",") if part.strip()]
+    parts = config.weights.split(",") if config.weights.strip() else []
     try:
         weights = [float(part) for part in parts] or [1.0] * len(names)
     except ValueError:

@@ -115,7 +115,7 @@ class Rollouts:
         made = of_values if self.critic else of_groups
         leaves, values = made(answers, batch, c)
         told = {**answer_metrics(answers), **values}
-        self._warn_once(told["frac_reward_zero_std"])
+        self._warn_once(told["frac_reward_zero_std"], counts.any())
         more = {METRIC + name: x.astype(np.float32) for name, x in told.items()}
         return batch | leaves | more
 
@@ -159,9 +159,16 @@ class Rollouts:
                 code=EXIT_DIVERGED,
             )
 
-    def _warn_once(self, equal: np.ndarray) -> None:
-        if equal.all() and not self._warned:
-            self._warned = True
+    def _warn_once(self, equal: np.ndarray, judged: bool) -> None:
+        if self._warned or not (equal.all() or not judged):
+            return
+        self._warned = True
+        if not judged:
+            warn(
+                "no completion of this rollout counts: none has a reward, or all of "
+                "them were cut and loss.mask_truncated leaves them out"
+            )
+        else:
             warn(
                 "all completions of each prompt earn the same, so that there is no "
                 "signal in this rollout; frac_reward_zero_std counts such prompts"
