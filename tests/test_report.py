@@ -147,6 +147,15 @@ def test_minus_a_reward_is_on_no_axis_with_a_loss(tmp_path: Path) -> None:
     assert "eval loss" not in page.text and "reward, was 0" in page.text
 
 
+@pytest.mark.parametrize("last", [math.inf, -math.inf, math.nan])
+def test_a_last_value_that_is_not_finite_is_said(tmp_path: Path, last: float) -> None:
+    with MetricLog(tmp_path, resume_step=None) as log:
+        for step in range(1, 4):
+            log.write(step, "train", loss=1.0, grad_norm=last if step == 3 else 1.0)
+    write_report(tmp_path)
+    assert f"last {last:g}" in Page((tmp_path / "report.html").read_text()).text
+
+
 def test_values_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
     with MetricLog(tmp_path, resume_step=None) as log:
         for step in range(1, 40):

@@ -67,6 +67,13 @@ def test_sides_that_answer_different_prompts(ask: Ask) -> None:
     ask([ROW, other]).refused("different prompts", "d.jsonl:2", "on_bad_row=skip")
 
 
+def test_a_prompt_that_is_none_of_the_messages(ask: Ask) -> None:
+    whole = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    told = ask([ROW, {**whole, "prompt": "OTHER"}])
+    told.refused("none of the messages", "d.jsonl:2", "OTHER")
+    ask([ROW, {**whole, "prompt": USER["content"]}] * 4).ok()
+
+
 def test_pairs_that_come_twice_and_held_out_ones(ask: Ask, tmp_path: Path) -> None:
     held_out = write_rows(
         tmp_path / "eval.jsonl", [PAIRS[0], {**PAIRS[0], "chosen": "x"}]
@@ -135,6 +142,20 @@ def test_answers_that_are_all_good(ask: Ask) -> None:
         ("dpo", "data.completion_only=False", ("prompts are not", "task=dpo")),
         ("dpo", "loss.beta=0", ("config.loss.beta", "a positive number")),
         ("dpo", "loss.type=sigmod", ("no such loss", "sigmod", "sigmoid")),
+        ("dpo", "loss.type_weights=nan", ("config.loss.type_weights", "not all 0")),
+        ("dpo", "loss.type_weights=-1", ("config.loss.type_weights", "=-1")),
+        ("dpo", "loss.type_weights=0", ("config.loss.type_weights", "not all 0")),
+        ("dpo", "loss.type_weights=,1", ("config.loss.type_weights", "=,1")),
+        (
+            "dpo",
+            "loss.precompute=True data.stream=True train.steps=3",
+            ("config.loss.precompute", "a stream has none yet"),
+        ),
+        (
+            "kto",
+            "loss.desirable_weight=0 loss.undesirable_weight=0",
+            ("desirable_weight", "at least one"),
+        ),
         ("kto", "loss.type=kot", ("no such loss", "kot")),
         ("orpo", "loss.nll_scope=prompt", ("config.loss.nll_scope", "'prompt'")),
         ("kto", "parallel=pmap", ("looks at all rows at once", "parallel=pmap")),

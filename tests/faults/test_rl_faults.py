@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ftjax import train
 from ftjax.checkpoints.state import Checkpoints
 from ftjax.errors import EXIT_DIVERGED, EXIT_USER, UserError
 from ftjax.metrics import METRICS, read_rows
+from ftjax.rl.rewards import Judge
 from tests.faults.commands import copy_model, edit_json, write_rows
 from tests.rl.small import config_of, letters, open_small, write_prompts
 from tests.runs import make_run
@@ -79,10 +81,41 @@ def alone(completions: Any, **_: Any) -> Any:
     return np.array(1.0)
 
 
+class Odd:
+    """Its text fails."""
+
+    def __repr__(self) -> str:
+        raise ValueError
+
+
+class Leaving(BaseException):
+    """Of a library that wants to be let through."""
+
+
+def ragged(completions: Any, **_: Any) -> Any:
+    return [[1.0], *[[1.0, 2.0]] * (len(completions) - 1)]
+
+
+def odd(completions: Any, **_: Any) -> Any:
+    return [Odd() for _ in completions]
+
+
+def times(completions: Any, **_: Any) -> Any:
+    return [np.timedelta64(1, "s") for _ in completions]
+
+
+def away(completions: Any, **_: Any) -> Any:
+    raise Leaving(Odd())
+
+
 def test_r29_a_reward_that_is_no_reward(
     tiny: Path, prompts: Path, tmp_path: Path
 ) -> None:
     for name, code, part in (
+        ("ragged", EXIT_USER, "something else than rewards"),
+        ("odd", EXIT_USER, "something else than rewards"),
+        ("times", EXIT_USER, "something else than rewards"),
+        ("away", EXIT_USER, "Leaving: (its text fails: ValueError)"),
         ("huge", EXIT_DIVERGED, "no finite number"),
         ("leaves", EXIT_USER, "SystemExit"),
         ("alone", EXIT_USER, "a list of 6 numbers"),
@@ -211,10 +244,31 @@ def test_c14_a_reward_model_with_other_tokens(
     refused(config, tmp_path / "b", "other tokens than the policy", "ids, tokenizer")
 
 
+def greedy(prompts: Any, completions: Any, answers: Any, **_: Any) -> list[float]:
+    """Changes all that it is given, and tells how much there was."""
+    found = [float(len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)]
+    for given in (*prompts, *answers, prompts, completions, answers):
+        given.clear()
+    return found
+
+
+def test_a_reward_that_changes_what_it_is_given_changes_nothing() -> None:
+    config = SimpleNamespace(
+        function=HERE + "greedy", model="", weights="", unfinished=0.0, max_nan=0.0
+    )
+    judge = Judge(config)
+    turns = [{"role": "user", "content": "hi"}]
+    rows = [{"prompt": turns, "answers": ["a", "b"]}] * 2  # the same objects twice
+    for _ in range(2):
+        judged = judge(rows, ["x", "y"], [[1], [1]], [[2], [3]], [True, True])
+        assert judged.total.tolist() == [3.0, 3.0]
+
+
 def test_rows_and_settings_that_do_not_fit(
     tiny: Path, prompts: Path, tmp_path: Path
 ) -> None:
     for values, parts in (
+        ({"rollout__group": 1}, ("config.rollout.group", "2 or more")),
         ({"rollout__group": 3}, ("whole groups", "--config.train.batch_size=9")),
         ({"rollout__passes": 2, "train__steps": 5}, ("config.train.steps", "=6")),
         ({"rollout__passes": 3}, ("between rollouts", "a multiple of", "=6")),
