@@ -138,6 +138,14 @@ def base_of_run(config: dict[str, Any], note: Note = say) -> Base:
     """The model that a run was trained on, checked; its weights are not read."""
     model = config["model"]
     scratch = bool(model.get("from_scratch"))
+    if model["path"].startswith(".") and not Path(model["path"]).is_dir():
+        raise UserError(
+            "the base of the run is not where its configuration says",
+            where="config.json of the run: model.path",
+            expected="a folder, named from where the run was started",
+            got=f"{model['path']}, which is not there from {Path.cwd()}",
+            fix="run the command from the folder in which the run was started",
+        )
     return open_base(
         model["path"],
         model.get("revision", "main"),

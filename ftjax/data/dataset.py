@@ -214,7 +214,7 @@ def _check_pairs(report: DataReport, source: str) -> None:
     same, rows = report.identical, report.read - report.skipped_rows
     if rows and same.count == rows:
         raise UserError(
-            "every row has the same accepted and rejected text: the pairs carry no "
+            "every row has the same chosen and rejected text: the pairs carry no "
             "preference",
             where=source,
             got=f"identical: {same}",

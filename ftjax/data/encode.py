@@ -28,9 +28,9 @@ NO_ROOM = "the prompt alone fills max_length"
 TOO_LONG = "longer than max_length"
 EMPTY = "the completion is empty"
 NOTHING = "nothing to train on"
-SAME = "accepted and rejected text are the same"
+SAME = "chosen and rejected text are the same"
 TIE = "both sides of the pair have the same score"
-SAME_CUT = "accepted and rejected text are the same up to max_length"
+SAME_CUT = "chosen and rejected text are the same up to max_length"
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class DataReport:
       schemas: rows by schema, with the first place of each.
       conversations: rows that went through the chat template.
       ignored: columns that were not used, with the rows that have them.
-      identical: pairs whose accepted and rejected text are the same.
+      identical: pairs whose chosen and rejected text are the same.
       joined: pairs made of halves in different rows; imitated: chosen answers that
         found no rejected one, and are imitated.
       kinds: of what is kept of a mixture: pairs, answers and texts.
@@ -137,7 +137,7 @@ class DataReport:
         if self.duplicates:
             rows.append(("  seen before", f"{self.duplicates:,} (kept)"))
         if self.identical.count:
-            rows.append(("  accepted = rejected", str(self.identical)))
+            rows.append(("  chosen = rejected", str(self.identical)))
         if self.ignored:
             names = ", ".join(clip(name, 40) for name in self.ignored)
             rows.append(("columns not used", names))

@@ -88,7 +88,7 @@ Sample = TextRow | PromptCompletion | Conversation | TokenRow | PromptRow
 class Normalised:
     """A sample, the schema that it was read by, and the columns that were not used.
 
-    `identical`: the row is a pair whose accepted and rejected text are the same.
+    `identical`: the row is a pair whose chosen and rejected text are the same.
     """
 
     sample: Sample

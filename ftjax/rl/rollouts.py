@@ -115,7 +115,7 @@ class Rollouts:
         made = of_values if self.critic else of_groups
         leaves, values = made(answers, batch, c)
         told = {**answer_metrics(answers), **values}
-        self._warn_once(told["frac_reward_zero_std"], counts.any())
+        self._warn_once(told["frac_reward_zero_std"], counts.any(), answers.stopped)
         more = {METRIC + name: x.astype(np.float32) for name, x in told.items()}
         return batch | leaves | more
 
@@ -159,20 +159,29 @@ class Rollouts:
                 code=EXIT_DIVERGED,
             )
 
-    def _warn_once(self, equal: np.ndarray, judged: bool) -> None:
-        if self._warned or not (equal.all() or not judged):
-            return
-        self._warned = True
+    def _warn_once(
+        self, equal: np.ndarray, judged: np.bool_, stopped: np.ndarray
+    ) -> None:
+        """Of the first rollout that nothing, or little, can be learned from."""
+        said = []
         if not judged:
-            warn(
-                "no completion of this rollout counts: none has a reward, or all of "
-                "them were cut and loss.mask_truncated leaves them out"
+            said.append(
+                "no completion of this rollout counts: none has a reward, or all were "
+                "cut and loss.mask_truncated leaves them out"
             )
-        else:
-            warn(
+        elif equal.all():
+            said.append(
                 "all completions of each prompt earn the same, so that there is no "
                 "signal in this rollout; frac_reward_zero_std counts such prompts"
             )
+        if not stopped.any():
+            said.append(
+                "every completion of this rollout was cut at rollout.max_new_tokens: "
+                "none ended by itself"
+            )
+        if said and not self._warned:
+            self._warned = True
+            warn("; and ".join(said))
 
     def evaluate(self, trained: PyTree) -> dict[str, float] | None:
         """The rewards of the held-out prompts, or None; see `Player.evaluate`."""

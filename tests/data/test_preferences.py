@@ -259,7 +259,7 @@ def test_a_pair_without_a_preference_is_left_out_and_counted(
     assert (data.report.kept, len(data.examples)) == (1, 2)
     assert reason in data.report.text()
     alone = fault_of(lambda: build(write([row]), plain))
-    assert reason in str(alone.got) or "accepted and rejected" in alone.what
+    assert reason in str(alone.got) or "chosen and rejected" in alone.what
 
 
 def test_long_pairs_are_left_out_where_nothing_may_be_cut(
