@@ -237,7 +237,10 @@ class Progress:
         The first of the values tells most, and comes first; the others come last.
         """
         self._step = step
-        said = [f"{name} {value:.4g}" for name, value in (values or {}).items()]
+        said = [
+            f"{name} {value:{'.4g' if i else '.4f'}}"
+            for i, (name, value) in enumerate((values or {}).items())
+        ]
         parts = said[:1]
         if tokens_per_s is not None:
             parts.append(f"{count(tokens_per_s)} tokens/s")

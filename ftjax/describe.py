@@ -8,9 +8,10 @@ from ftjax.data.words import clip
 from ftjax.metrics import METRICS, read_rows
 from ftjax.objectives.tasks import task_of
 from ftjax.prepare import Prepared, Shape, trainable_rows
+from ftjax.report import PLAN
 from ftjax.rl.rewards import told
 
-PLACES = (METRICS, "loss.png", "report.html", "checkpoints", "adapter")
+PLACES = (METRICS, PLAN, "loss.png", "report.html", "checkpoints", "adapter")
 
 
 def plan(config: Any, ready: Prepared) -> str:

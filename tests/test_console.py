@@ -87,7 +87,7 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal() -> None:
         progress.note("saved step 5")
         progress.update(100)
     assert out.getvalue() == (
-        "step   5/100  loss 2.5  1.23k tokens/s  1m 01s left  margin 0.25\n"
+        "step   5/100  loss 2.5000  1.23k tokens/s  1m 01s left  margin 0.25\n"
         "saved step 5\n"
         "step 100/100\n"
     )
