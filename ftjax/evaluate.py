@@ -43,6 +43,7 @@ from ftjax.objectives.distill import TEACHER
 from ftjax.objectives.tasks import task_of
 from ftjax.policy import Policy, open_policy
 from ftjax.prepare import plan_objective
+from ftjax.ranges import check_ranges
 from ftjax.reference import put_reference, reference_sums
 from ftjax.rl.player import Player
 from ftjax.rl.setup import open_judge
@@ -148,6 +149,7 @@ def _told(
 def task_and_loss(args: Any, asked: Asked) -> tuple[str, Any]:
     """The task and the settings of its loss: of a config, a run, or by the data."""
     if args.config is not None:
+        check_ranges(args.config)
         return args.config.task, args.config.loss
     if args.workdir:
         saved = read_run_config(args.workdir)
