@@ -20,6 +20,12 @@ from ftjax.errors import EXIT_RESOURCES, UserError
 from tests.checkpoints.saver import like, state_at
 from tests.conftest import ROOT
 
+# Of several writes that fail at once, Orbax waits for the first; tensorstore's thread
+# may then report another to an event loop that is closed. What is raised is looked at.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*:pytest.PytestUnraisableExceptionWarning"
+)
+
 TINY, LARGE = 100, 3_000_000  # floats in each of four arrays: 2 KB, 48 MB
 
 
