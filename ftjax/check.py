@@ -16,6 +16,7 @@ from ftjax.data.show import show_group
 from ftjax.errors import UserError
 from ftjax.memory import estimate
 from ftjax.prepare import Prepared, prepare, trainable_rows
+from ftjax.reference import reads_before
 
 
 def main(args: flags.FlagValues) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def main(args: flags.FlagValues) -> dict[str, Any]:
             "no configuration is named", fix="--config=configs/sft.py:model=PATH"
         )
     ready = prepare(args.config)
+    reads_before(args.config, ready)  # refuses what a stream cannot give
     data = ready.data.train
     count = min(args.rows, len(data.groups))
     for i in range(count):

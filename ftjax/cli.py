@@ -26,7 +26,8 @@ Args = flags.FlagValues
 Define = Callable[[Args], None]
 Main = Callable[[Args], dict[str, Any] | None]
 
-FLAGS = ("--workdir",)  # what others have among their settings
+# What others have among their settings.
+FLAGS = [ours.key for ours in NAMES.values() if ours.key.startswith("--")]
 _ILLEGAL = re.compile(r"flag --([\w.]+)=(.*?): (.*)", re.DOTALL)
 
 
@@ -236,7 +237,7 @@ def _define_config(args: Args, argv: list[str]) -> list[str]:
         flags.DEFINE_string("config", None, "the file", flag_values=args)
         return rest
     made = load_config(path)
-    keys = dict(_leaves(made))
+    keys = dict(leaves(made))
     for argument in rest:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if match and match[1] not in keys:
@@ -267,13 +268,14 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every value of a `ConfigDict`."""
     from ml_collections import ConfigDict
 
     for key in config:
         kind = config.get_type(key)
         if issubclass(kind, ConfigDict):
-            yield from _leaves(config[key], f"{prefix}{key}.")
+            yield from leaves(config[key], f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", kind
 
@@ -319,16 +321,17 @@ def _unknown_key(key: str, keys: dict[str, Any], config: Any) -> UserError:
 def _unknown_flag(name: str, args: Args) -> UserError:
     known = [flag for flag in args if not flag.startswith("config.")]
     made = args["config"].default if "config" in args else None
-    meant = _meant(name, dict(_leaves(made))) if made is not None else []
+    keys = [key for key, _ in leaves(made)] if made is not None else []
+    meant = _meant(name, [*keys, *(f"--{flag}" for flag in known)])
     if meant:
+        named = [k if k.startswith("--") else f"--config.{k}" for k in meant]
         return UserError(
             f"there is no flag --{name}",
             where="command line",
             expected="a flag of the command, or a key of its configuration",
-            fix=_did_you_mean(name, [f"--config.{k}" for k in meant]),
+            fix=_did_you_mean(name, named),
         )
-    ours = NAMES[name].key.removeprefix("--") if name in NAMES else ""
-    near = [ours] if ours in known else difflib.get_close_matches(name, known, 2, 0.5)
+    near = difflib.get_close_matches(name, known, 2, 0.5)
     return UserError(
         f"there is no flag --{name}",
         where="command line",

@@ -67,14 +67,6 @@ def _contradictions(config: Any) -> None:
 
 def _check_stream(config: Any) -> None:
     """A stream has no length of its own, and the learning rate wants to know one."""
-    if config.data.stream and config.loss.get("precompute"):
-        raise UserError(
-            "a reference that is computed before the run reads all rows; a stream has "
-            "none yet",
-            where="config.loss.precompute, config.data.stream",
-            expected="one of the two",
-            fix="--config.loss.precompute=False",
-        )
     if config.data.stream and config.train.steps is None:
         epochs = config.train.epochs
         raise UserError(

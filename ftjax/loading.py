@@ -122,8 +122,7 @@ def open_base(
     folder = find_model(path, revision)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         require_regular(inside(folder, name, named_by=str(folder)))
-    _require_model(folder, path)
-    config = read_config(folder)
+    config = _model_config(folder, path)
     spec = spec_from_config(config, str(folder / CONFIG), reward=reward, note=note)
     found = None
     if weights:
@@ -141,22 +140,13 @@ def open_base(
     return Base(folder, path, config, spec, tokenizer, tokenizer.eos_ids, found)
 
 
-def _require_model(folder: Path, name: str) -> None:
-    """Says how to use what is no model but could be one.
+def _model_config(folder: Path, name: str) -> dict[str, Any]:
+    """The `config.json` of a model; says how to use what could be one and is none.
 
     Raises:
-      UserError: for the folder of a run, or of an adapter.
+      UserError: for the folder of a run, or of an adapter; as `read_config`.
     """
-    is_model = (folder / CONFIG).is_file()
-    if is_model and is_run(read_config(folder)):
-        raise UserError(
-            "this is the folder of a run, not of a model",
-            where=name,
-            expected="config.json, a tokenizer and weights",
-            fix=f"--workdir={name} where a command has it; else make a model of it: "
-            f"python -m ftjax.export --workdir={name} --to=merged --out=DIR",
-        )
-    if not is_model and (folder / ADAPTER_CONFIG).is_file():
+    if not (folder / CONFIG).is_file() and (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
             "this is an adapter, which goes on a model",
             where=name,
@@ -165,6 +155,16 @@ def _require_model(folder: Path, name: str) -> None:
             f"python -m ftjax.export --model=BASE --adapter={name} --to=merged "
             "--out=DIR",
         )
+    config = read_config(folder)
+    if is_run(config):
+        raise UserError(
+            "this is the folder of a run, not of a model",
+            where=name,
+            expected="config.json, a tokenizer and weights",
+            fix=f"--workdir={name} where a command has it; else make a model of it: "
+            f"python -m ftjax.export --workdir={name} --to=merged --out=DIR",
+        )
+    return config
 
 
 def check_vocab(spec: ModelSpec, tokenizer_size: int, where: str) -> None:

@@ -58,14 +58,9 @@ def add_reference(
       UserError: the rows come as a stream, which has not come yet.
     """
     task = task_of(config.task)
-    if task.reference is None:
+    if task.reference is None or not reads_before(config, ready):
         return
-    other, method = ready.aim.reference, ready.shape.method
-    if other is None and method.frozen_is_base and not config.loss.precompute:
-        return
-    if ready.data.loader is None:
-        raise _of_a_stream()
-    base = other or ready.base
+    base = ready.aim.reference or ready.base
     model = Decoder(base.spec, dtype=ready.shape.dtype, mesh=ready.mesh)
     size = config.train.batch_size // config.train.accumulate
     loaders = {"train": ready.data.loader, "eval": ready.data.eval_loader}
@@ -83,6 +78,22 @@ def add_reference(
             found = reference_sums(partial(task.reference, model), policy, loader, *how)
             _save(path, found)
         put_reference(loader, found)
+
+
+def reads_before(config: Any, ready: Prepared) -> bool:
+    """Whether a reference reads the rows before the run, for want of one in the step.
+
+    Raises:
+      UserError: it does, and they come as a stream.
+    """
+    if task_of(config.task).reference is None:
+        return False
+    other, method = ready.aim.reference, ready.shape.method
+    if other is None and method.frozen_is_base and not config.loss.precompute:
+        return False
+    if ready.data.loader is None:
+        raise _of_a_stream()
+    return True
 
 
 def with_teacher(ready: Prepared, frozen: PyTree) -> PyTree:

@@ -62,10 +62,12 @@ def write_report(workdir: Path) -> None:
     end early, and the page says so.
     """
     workdir = Path(workdir)
-    rows = read_rows(workdir / METRICS)
+    rows = _read_metrics(workdir / METRICS)
     samples = read_rows(workdir / SAMPLES)
     config = _read_config(workdir / "config.json")
-    loss = _loss_series(rows)
+    loss = curves.loss_series(
+        _points(rows, "train", "loss"), _points(rows, "eval", "loss")
+    )
     title = _title(config, workdir)
     curves.write_loss_png(workdir / "loss.png", _panels(rows, loss), title)
     page = _page(title, rows, samples, config, loss, _read_text(workdir / PLAN))
@@ -74,12 +76,13 @@ def write_report(workdir: Path) -> None:
     partial.replace(workdir / "report.html")
 
 
-def _loss_series(rows: list[Row]) -> list[curves.Series]:
-    """Where answers earn rewards, the eval loss is minus those: of another kind."""
-    evals = _points(rows, "eval", "loss")
-    if _points(rows, "eval", "reward"):
-        evals = []
-    return curves.loss_series(_points(rows, "train", "loss"), evals)
+def _read_metrics(path: Path) -> list[Row]:
+    """The rows; without an eval loss that is minus a reward, which is there too."""
+    rows = read_rows(path)
+    for row in rows:
+        if row.get("split") == "eval" and "reward" in row:
+            row.pop("loss", None)
+    return rows
 
 
 def _panels(
@@ -195,8 +198,7 @@ def _results(rows: list[Row]) -> str:
     if evals:
         first, last = evals[0], evals[-1]
         for name in TILES:
-            told_as_reward = name == "loss" and "reward" in first
-            if name in first and name in last and not told_as_reward:
+            if name in first and name in last:
                 shown = MEANINGS[name].shown
                 before = shown.format(first[name])
                 was = f", was {before}" if len(evals) > 1 else ""
@@ -234,8 +236,6 @@ def _eval_table(evals: list[Row]) -> str:
     for name, (shown, sign, text) in MEANINGS.items():
         if not all(isinstance(row.get(name), int | float) for _, row in columns):
             continue
-        if name == "loss" and "reward" in first:  # it is minus that
-            continue
         cells = "".join(f"<td>{shown.format(row[name])}</td>" for _, row in columns)
         change = last[name] - first[name]
         better = ' class="better"' if change * sign > 0 else ""
@@ -249,7 +249,7 @@ def _eval_table(evals: list[Row]) -> str:
 
 
 def _loss_of(row: Row) -> float:
-    loss = row.get("loss", math.inf)
+    loss = row.get("loss", -row.get("reward", -math.inf))
     return loss if math.isfinite(loss) else math.inf
 
 

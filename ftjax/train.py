@@ -67,6 +67,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         plan = describe.plan(config, ready)
         say(plan)
         job = begin(config, ready, folder, stop)
+        (folder.path / PLAN).write_text(plan + "\n", encoding="utf-8")
         log = MetricLog(
             folder.path,
             resume_step=job.first or None,
@@ -77,11 +78,12 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
         with log, Progress(ready.steps, start=job.first) as progress:
             train(job, log, progress)
         if job.supply.stream is not None:
-            plan = f"{plan}\n\n{job.supply.stream.text()}"
-            say(job.supply.stream.text())
+            account = job.supply.stream.text()
+            say(account)
+            with (folder.path / PLAN).open("a", encoding="utf-8") as file:
+                file.write(f"\n{account}\n")
         if over := job.supply.ending():
             say(over)
-        (folder.path / PLAN).write_text(plan + "\n", encoding="utf-8")
         finish(job, folder)
         step, chat = int(job.state.step), job.meta["chat"]
         found = describe.result(folder.path, config.task, step, chat)

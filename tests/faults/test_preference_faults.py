@@ -149,7 +149,7 @@ def test_answers_that_are_all_good(ask: Ask) -> None:
         (
             "dpo",
             "loss.precompute=True data.stream=True train.steps=3",
-            ("config.loss.precompute", "a stream has none yet"),
+            ("config.data.stream", "a stream has none yet"),
         ),
         (
             "kto",
